@@ -1,0 +1,44 @@
+"""Errors a user can act on: each names the thing, the value, what was expected and what to do."""
+
+
+class UserError(Exception):
+    """Something outside the program is wrong; commands print the message alone and exit with `exit_code`."""
+
+    exit_code = 1
+
+
+class RecipeError(UserError):
+    """A recipe that cannot run: unknown key, wrong type, impossible combination. Restarting does not help."""
+
+    exit_code = 78
+
+
+class DataError(UserError):
+    """A source that is missing, empty, unreadable, or has more bad records than the recipe allows."""
+
+
+class HubError(UserError):
+    """A Hugging Face folder that does not hold what its family needs, or a model that cannot be written as one."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, damaged, or belongs to another model."""
+
+
+class NonFiniteError(UserError):
+    """The loss or a gradient became NaN or infinite. Restarting from the same point does not help."""
+
+    exit_code = 77
+
+
+class BadRecord(Exception):
+    """One record that cannot be used. It is skipped, counted under `reason` and logged with its `key`."""
+
+    def __init__(self, reason: str, key: str = "", detail: str = ""):
+        """`reason` is a short stable word for counting (`truncated`, `bomb`); `detail` is for the log."""
+        super().__init__(f"{key or '?'}: {reason}{': ' + detail if detail else ''}")
+        self.reason, self.key, self.detail = reason, key, detail
+
+    def __reduce__(self):
+        """Keep the three fields when a worker process sends the error to its parent."""
+        return BadRecord, (self.reason, self.key, self.detail)

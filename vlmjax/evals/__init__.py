@@ -1,0 +1,1 @@
+"""Benchmarks and the rules they are scored by."""

@@ -1,0 +1,1 @@
+"""The Hugging Face format, read and written by one table per family."""

@@ -1,0 +1,1 @@
+"""Linen modules: how a forward pass computes."""

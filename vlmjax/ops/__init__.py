@@ -1,0 +1,1 @@
+"""Numerics that models share: attention, activations, resize kernels."""

@@ -1,0 +1,1 @@
+"""Meshes, placement rules and multi-host set-up: where arrays live."""

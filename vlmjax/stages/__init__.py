@@ -1,0 +1,1 @@
+"""Train steps: what is learned. One file per stage."""
