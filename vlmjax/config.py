@@ -1,0 +1,380 @@
+"""The schema of a recipe: every key with its default and meaning, and the checks that run before jax starts.
+
+A recipe file defines `get_config(arg)`, calls `recipe()` and sets what differs from the defaults. `validate` then
+compares it with the schema: unknown keys (with the nearest valid name), wrong types, impossible combinations.
+"""
+
+import difflib
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import ml_collections
+from ml_collections import config_dict
+
+from vlmjax.errors import RecipeError
+
+Config = ml_collections.ConfigDict
+
+# Regex on parameter paths -> mesh axes per dimension, first match wins (stacked layers lead with a depth axis).
+# Column-parallel into attention and MLP, row-parallel out of them; the other matmul dimension is sharded by fsdp.
+TOWER_SHARDING = (
+    (r".*/(q_proj|k_proj|v_proj|query|key|value|fc1|intermediate/dense)/kernel", (None, "fsdp", "tensor")),
+    (r".*/(q_proj|k_proj|v_proj|query|key|value|fc1|intermediate/dense)/bias", (None, "tensor")),
+    (r".*/(out_proj|fc2|output/dense)/kernel", (None, "tensor", "fsdp")),
+    (r".*/(token_embedding|word_embeddings|patch_embedding/kernel)", (None, "fsdp")),
+    (r".*_projection/kernel", ("fsdp", None)),
+    (r".*", ()),
+)
+
+
+def duration(steps: int | None = None, examples: int | None = None, epochs: float | None = None) -> Config:
+    """A length of training, given exactly once: as optimizer steps, as examples, or as passes over the data."""
+    return Config(
+        {
+            "steps": config_dict.placeholder(int) if steps is None else steps,
+            "examples": config_dict.placeholder(int) if examples is None else examples,
+            "epochs": config_dict.placeholder(float) if epochs is None else float(epochs),
+        }
+    )
+
+
+def evaluation(benchmark: str, data: str, **options) -> Config:
+    """One entry of `evals`: a benchmark (`zeroshot` or `retrieval`) on a data source, scored at `eval_every`."""
+    entry = _evaluation_schema()
+    for name, value in {"benchmark": benchmark, "data": data, **options}.items():
+        if name not in entry:
+            raise RecipeError(f"evaluation({benchmark!r}): unknown option {name!r}{_nearest(name, entry)}")
+        entry[name] = value
+    return entry
+
+
+def _evaluation_schema() -> Config:
+    return Config(
+        {
+            "benchmark": "",  # zeroshot | retrieval
+            "data": "",  # a source as in data.train
+            "exclude": "",  # regex on record keys (re.search) to leave out
+            "keep": "",  # regex on record keys (re.search) that are kept; empty keeps all
+            "examples": 0,  # use the first this many records; 0 = all
+            "classes": "",  # zeroshot: file of class names; empty: the distinct captions
+            "templates": "",  # zeroshot: name of a built-in prompt set or a file, one template per line
+            "batch_size": 0,  # global; 0 = the training batch, at most 256
+        }
+    )
+
+
+def recipe() -> Config:
+    """The schema: every key a recipe may set, with its default.
+
+    Returns an unlocked ConfigDict, so that a recipe file can assign to it; `validate` finds misspelt keys.
+    """
+    c = Config()
+    c.stage = "contrastive"  # what is learned: see vlmjax/stages
+    c.seed = 0  # parameters, data order and augmentation are functions of (seed, step)
+    c.batch_size = 256  # global, examples per optimizer step; divisible by data * fsdp * micro_batches
+    c.micro_batches = 1  # forward passes per step; the result equals one large batch
+    c.total = duration()  # length of the run
+    c.init_from = ""  # HF folder or hub id to start from; its config replaces model.*
+    c.frozen = ()  # regexes on parameter paths that are not trained, e.g. ("vision_model/.*",) for LiT
+    c.log_every = 10  # steps between lines of metrics.jsonl
+    c.eval_every = duration()  # nothing set: at the end only
+    c.report_every = duration()  # report.html beside the run; nothing set: with every evaluation
+    c.export = True  # write workdir/hf when the run ends
+
+    c.model = Config()
+    c.model.image = Config(
+        {
+            "width": 768,
+            "depth": 12,
+            "heads": 12,
+            "mlp_dim": 3072,
+            "image_size": 224,  # pixels, square
+            "patch_size": 32,  # pixels
+            "activation": "quick_gelu",  # quick_gelu | gelu (exact), as in the HF config
+            "patch_dropout": 0.0,  # share of patches dropped in training (FLIP, arXiv 2212.00794)
+        }
+    )
+    c.model.text = Config(
+        {
+            "kind": "clip",  # clip (causal, pooled at the end token) | bert (pooled at [CLS])
+            "width": 512,
+            "depth": 12,
+            "heads": 8,
+            "mlp_dim": 2048,
+            "vocab_size": 0,  # 0 = that of the tokenizer
+            "max_length": 77,  # tokens
+            "activation": "quick_gelu",
+            "dropout": 0.0,  # bert only
+        }
+    )
+    c.model.projection_dim = 512
+    c.model.dtype = "auto"  # compute dtype: auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32
+    c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
+
+    c.loss = Config()
+    c.loss.logit_scale = "capped"  # learned | capped (learned, at most logit_scale_max) | fixed
+    c.loss.logit_scale_init = 1 / 0.07  # CLIP paper section 2.5
+    c.loss.logit_scale_max = 100.0  # CLIP paper section 2.5
+    c.loss.label_smoothing = 0.0
+    c.loss.positives = "pairs"  # pairs (row i with row i) | captions (rows with equal captions are positives too)
+
+    c.data = Config()
+    c.data.train = "scenes"  # shards, folder file, or "scenes"; comma-separated for several
+    c.data.exclude = ""  # regex on record keys (re.search) to leave out
+    c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions
+    c.data.prompts = ("{}",)  # each caption is put into one of these, drawn per example
+    c.data.background = (255, 255, 255)  # what shows through transparent pixels, RGB
+    c.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP preprocessing
+    c.data.std = (0.26862954, 0.26130258, 0.27577711)
+    c.data.augment = Config({"crop_scale": (0.9, 1.0)})  # see vlmjax/data/augment.py
+    c.data.cache_decoded = 0  # pixels of the shorter side kept in memory; 0 = decode every time
+    c.data.threads = 0  # decoding threads per process; 0 = number of CPU cores, at most 16
+    c.data.max_bad_share = 0.01  # more corrupt records than this share stop the run
+
+    c.optimizer = Config()
+    c.optimizer.name = "adamw"  # adamw | lion | adafactor
+    c.optimizer.learning_rate = 5e-4  # peak
+    c.optimizer.b1 = 0.9
+    c.optimizer.b2 = 0.98
+    c.optimizer.eps = 1e-6
+    c.optimizer.weight_decay = 0.2  # decoupled; multiplied by the learning rate
+    c.optimizer.clip_norm = 0.0  # global gradient norm; 0 = no clipping
+    c.optimizer.schedule = "cosine"  # cosine | linear | rsqrt | constant
+    c.optimizer.warmup = duration()  # linear, from 0
+    c.optimizer.cooldown = duration()  # linear, to 0 (rsqrt and constant)
+    c.optimizer.learning_rate_multipliers = ()  # ((regex, factor), ...), first match wins, others 1
+    # CLIP paper section 2.5: decay "all weights that are not gains or biases"
+    c.optimizer.weight_decay_multipliers = ((r".*(/bias|/scale|class_embedding|logit_scale)", 0.0),)
+
+    c.ema = Config({"decay": 0.0})  # moving average of the parameters, evaluated and exported; 0 = none
+
+    c.evals = Config()  # name -> evaluation(...)
+
+    c.checkpoint = Config()
+    c.checkpoint.every = duration()  # nothing set: at the end only
+    c.checkpoint.keep_last = 2
+    c.checkpoint.keep_best = 1  # needs best_metric
+    c.checkpoint.best_metric = ""  # e.g. "eval/heldout/top1"; higher is better
+
+    c.mesh = Config({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; one -1 takes the rest
+    c.sharding = TOWER_SHARDING  # ((regex, mesh axis or None per dimension), ...), first match wins
+    return c
+
+
+def _nearest(name: str, valid: Iterable[str]) -> str:
+    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; valid here: {', '.join(sorted(valid))}"
+
+
+def check_overrides(arguments: Iterable[str]) -> None:
+    """Raise RecipeError for a `--config.a.b=...` whose path is not in the schema, before absl parses it."""
+    schema = recipe()
+    for argument in arguments:
+        match = re.match(r"--?config\.([^=]+)", argument)
+        if match:
+            parts = match[1].split(".")
+            if parts[0] != "evals" and parts[:2] != ["data", "augment"]:
+                _check_path(parts, schema, argument)
+
+
+def _check_path(parts: list[str], schema: Mapping, shown: str) -> None:
+    node, seen = schema, "config"
+    for part in parts:
+        if not isinstance(node, (Config, Mapping)):
+            raise RecipeError(f"{shown}: {seen} is a value and has no key {part!r}")
+        if part not in node:
+            raise RecipeError(f"{shown}: {seen} has no key {part!r}{_nearest(part, node)}")
+        node, seen = node[part], f"{seen}.{part}"
+
+
+def validate(config: Config, overrides: Iterable[str] = ()) -> Config:
+    """Check a recipe against the schema and return a locked copy.
+
+    Args:
+      config: what a recipe file returned, with command-line values applied.
+      overrides: dotted paths given on the command line. A duration given there replaces the recipe's own unit.
+
+    Raises:
+      RecipeError: naming the key, its value, what was expected and the nearest valid name.
+    """
+    if not isinstance(config, Config):
+        raise RecipeError(f"get_config returned {type(config).__name__}, expected vlmjax.config.recipe()")
+    config = Config(config.to_dict())  # a deep copy without locks
+    for path in overrides:
+        _replace_duration(config, path.split("."))
+    _check_keys(config, recipe(), "config")
+    _check_values(config)
+    return config.lock()
+
+
+def _replace_duration(config: Config, parts: list[str]) -> None:
+    if parts[-1] in ("steps", "examples", "epochs") and len(parts) > 1:
+        node = config
+        for part in parts[:-1]:
+            node = node[part]
+        for unit in ("steps", "examples", "epochs"):
+            if unit != parts[-1]:
+                node[unit] = None
+
+
+def _check_keys(config: Mapping, schema: Mapping, where: str) -> None:
+    for key in config:
+        if where == "config.evals":
+            _check_keys(config[key], _evaluation_schema(), f"config.evals.{key}")
+            continue
+        if where == "config.data.augment":
+            continue  # checked by the data room, which owns the names
+        if key not in schema:
+            raise RecipeError(f"{where} has no key {key!r}{_nearest(key, schema)}")
+        value, default = config[key], schema[key]
+        if isinstance(default, Config) != isinstance(value, Config):
+            expected = "a group of keys" if isinstance(default, Config) else "a value"
+            raise RecipeError(f"{where}.{key}: expected {expected}, found {value!r}")
+        if isinstance(default, Config):
+            _check_keys(value, default, f"{where}.{key}")
+        else:
+            _check_type(value, default, schema.get_type(key), f"{where}.{key}")
+    for key in schema:
+        if key not in config:
+            raise RecipeError(f"{where} lacks {key!r}: start the recipe from vlmjax.config.recipe()")
+
+
+def _check_type(value, default, expected: type, where: str) -> None:
+    if value is None and default is None:
+        return
+    if expected is float and isinstance(value, int) and not isinstance(value, bool):
+        return
+    if expected is tuple and isinstance(value, (list, tuple)):
+        return
+    if where == "config.data.train" and isinstance(value, (list, tuple)):
+        return
+    if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
+        raise RecipeError(f"{where}={value!r}: expected {expected.__name__}, found {type(value).__name__}")
+
+
+def _check_values(c: Config) -> None:
+    _one_of(c.stage, "config.stage", ("contrastive",))
+    _one_of(c.model.text.kind, "config.model.text.kind", ("clip", "bert"))
+    _one_of(c.model.dtype, "config.model.dtype", ("auto", "bfloat16", "float32"))
+    _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
+    _one_of(c.loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
+    _one_of(c.loss.positives, "config.loss.positives", ("pairs", "captions"))
+    _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "lion", "adafactor"))
+    _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
+    for name in ("batch_size", "micro_batches", "log_every"):
+        _at_least(c[name], 1, f"config.{name}")
+    _at_least(c.seed, 0, "config.seed")
+    if c.batch_size % c.micro_batches:
+        raise RecipeError(
+            f"config.batch_size={c.batch_size} does not divide into config.micro_batches={c.micro_batches} equal parts"
+        )
+    for name in ("width", "depth", "heads", "mlp_dim"):
+        for tower in ("image", "text"):
+            _at_least(c.model[tower][name], 1, f"config.model.{tower}.{name}")
+    for tower in ("image", "text"):
+        width, heads = c.model[tower].width, c.model[tower].heads
+        if width % heads:
+            raise RecipeError(f"config.model.{tower}.width={width} is not a multiple of heads={heads}")
+    image = c.model.image
+    _at_least(image.patch_size, 1, "config.model.image.patch_size")
+    if image.image_size < image.patch_size:
+        raise RecipeError(
+            f"config.model.image.image_size={image.image_size} is smaller than patch_size={image.patch_size}"
+        )
+    _in_range(image.patch_dropout, 0, 1, "config.model.image.patch_dropout")
+    _in_range(c.loss.label_smoothing, 0, 1, "config.loss.label_smoothing")
+    _in_range(c.ema.decay, 0, 1, "config.ema.decay")
+    _in_range(c.data.max_bad_share, 0, 1, "config.data.max_bad_share", closed=True)
+    for name in ("learning_rate", "eps"):
+        if not (c.optimizer[name] > 0 and math.isfinite(c.optimizer[name])):
+            raise RecipeError(f"config.optimizer.{name}={c.optimizer[name]}: expected a number above 0")
+    _check_durations(c)
+    _check_rules(c)
+    for name, entry in c.evals.items():
+        _one_of(entry.benchmark, f"config.evals.{name}.benchmark", ("zeroshot", "retrieval"))
+        if not entry.data:
+            raise RecipeError(f"config.evals.{name}.data is empty: name the shards or file to evaluate on")
+    if not c.data.train:
+        raise RecipeError(
+            "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"
+        )
+    if not c.data.tokenizer and not c.init_from:
+        raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
+    if c.checkpoint.best_metric and not c.evals:
+        raise RecipeError(f"config.checkpoint.best_metric={c.checkpoint.best_metric!r} needs an entry in config.evals")
+
+
+def _check_durations(c: Config) -> None:
+    durations = {
+        "total": c.total,
+        "eval_every": c.eval_every,
+        "report_every": c.report_every,
+        "optimizer.warmup": c.optimizer.warmup,
+        "optimizer.cooldown": c.optimizer.cooldown,
+        "checkpoint.every": c.checkpoint.every,
+    }
+    for name, value in durations.items():
+        given = {unit: number for unit, number in value.items() if number is not None}
+        if len(given) > 1:
+            raise RecipeError(f"config.{name} is given {len(given)} times ({given}): keep one of steps, examples, epochs")
+        if name == "total" and not given:
+            raise RecipeError("config.total is not given: set one of config.total.steps, .examples, .epochs")
+        for unit, number in given.items():
+            if number < 0 or (number == 0 and name not in ("optimizer.warmup", "optimizer.cooldown")):
+                raise RecipeError(f"config.{name}.{unit}={number}: expected a number above 0")
+
+
+def _check_rules(c: Config) -> None:
+    groups = {
+        "sharding": [pattern for pattern, _ in c.sharding],
+        "frozen": list(c.frozen),
+        "optimizer.learning_rate_multipliers": [pattern for pattern, _ in c.optimizer.learning_rate_multipliers],
+        "optimizer.weight_decay_multipliers": [pattern for pattern, _ in c.optimizer.weight_decay_multipliers],
+        "data.exclude": [c.data.exclude],
+    }
+    for name, patterns in groups.items():
+        for pattern in patterns:
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise RecipeError(f"config.{name}: {pattern!r} is not a regular expression ({error})") from None
+
+
+def _one_of(value, where: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        raise RecipeError(f"{where}={value!r}{_nearest(str(value), valid)} (one of {', '.join(valid)})")
+
+
+def _at_least(value, least, where: str) -> None:
+    if value < least:
+        raise RecipeError(f"{where}={value}: expected at least {least}")
+
+
+def _in_range(value, low, high, where: str, closed: bool = False) -> None:
+    if not (low <= value < high or (closed and value == high)):
+        raise RecipeError(f"{where}={value}: expected a number from {low} to {high}")
+
+
+def steps_of(value: Mapping, batch_size: int, examples: int | None, where: str) -> int | None:
+    """Translate a duration into optimizer steps, rounded to the nearest step and at least 1; None if not given.
+
+    Args:
+      value: a `duration`.
+      batch_size: examples per step, global.
+      examples: records in one epoch, or None where the source never ends.
+      where: the key's name, for the error.
+    """
+    if value["steps"] is not None:
+        return value["steps"]
+    if value["examples"] is not None:
+        return _round_steps(value["examples"] / batch_size)
+    if value["epochs"] is None:
+        return None
+    if examples is None:
+        raise RecipeError(f"config.{where}.epochs={value['epochs']}: this source never ends; give steps or examples")
+    return _round_steps(value["epochs"] * examples / batch_size)
+
+
+def _round_steps(steps: float) -> int:
+    return max(1, round(steps)) if steps > 0 else 0
