@@ -18,7 +18,7 @@ class DataError(UserError):
 
 
 class HubError(UserError):
-    """A Hugging Face folder that does not hold what its family needs, or a model that cannot be written as one."""
+    """A Hugging Face folder without what its family needs, or a model that cannot be written as one."""
 
 
 class CheckpointError(UserError):
