@@ -39,8 +39,11 @@ def duration(steps: int | None = None, examples: int | None = None, epochs: floa
     )
 
 
-def evaluation(benchmark: str, data: str, **options) -> Config:
-    """One entry of `evals`: a benchmark (`zeroshot` or `retrieval`) on a data source, scored at `eval_every`."""
+def evaluation(benchmark: str, data: str = "", **options) -> Config:
+    """One entry of `evals`: a benchmark (`zeroshot` or `retrieval`) on a data source, scored at `eval_every`.
+
+    Without `data` the entry is off until the command line names some: --config.evals.NAME.data=SHARDS.
+    """
     entry = _evaluation_schema()
     for name, value in {"benchmark": benchmark, "data": data, **options}.items():
         if name not in entry:
@@ -53,7 +56,7 @@ def _evaluation_schema() -> Config:
     return Config(
         {
             "benchmark": "",  # zeroshot | retrieval
-            "data": "",  # a source as in data.train
+            "data": "",  # a source as in data.train; empty: this entry is off
             "exclude": "",  # regex on record keys (re.search) to leave out
             "keep": "",  # regex on record keys (re.search) that are kept; empty keeps all
             "examples": 0,  # use the first this many records; 0 = all
@@ -160,6 +163,50 @@ def recipe() -> Config:
     c.mesh = Config({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; one -1 takes the rest
     c.sharding = TOWER_SHARDING  # ((regex, mesh axis or None per dimension), ...), first match wins
     return c
+
+
+def tiny(c: Config) -> Config:
+    """The same recipe at a size that trains on a laptop's CPU in about a minute, on the built-in scenes."""
+    c.batch_size = 64
+    c.micro_batches = min(c.micro_batches, 2)
+    c.total = duration(steps=60)
+    c.init_from = ""
+    c.log_every = 5
+    c.eval_every, c.report_every = duration(), duration()
+    c.checkpoint.every = duration(steps=30)
+    c.model.image.update({"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "image_size": 32, "patch_size": 8})
+    c.model.text.update({"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32})
+    c.model.projection_dim = 32
+    c.data.train = "scenes"
+    c.data.tokenizer = "bpe:512"
+    c.data.prompts = ("{}",)
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup = duration(steps=10)
+    c.optimizer.cooldown = duration()
+    c.evals = Config(
+        {
+            "zeroshot": evaluation("zeroshot", "scenes:heldout", examples=256),
+            "retrieval": evaluation("retrieval", "scenes:heldout", examples=256),
+        }
+    )
+    c.checkpoint.best_metric = ""
+    return c
+
+
+def choose(c: Config, arg: str, **forms) -> Config:
+    """The form of a recipe that `configs/x.py:arg` names: itself for an empty arg, `tiny`, or one of `forms`.
+
+    Args:
+      c: the full recipe.
+      arg: what stands behind the colon on the command line.
+      forms: other names and functions from a recipe to a recipe.
+    """
+    forms = {"tiny": tiny, **forms}
+    if not arg:
+        return c
+    if arg not in forms:
+        raise RecipeError(f"this recipe has no form {arg!r}{_nearest(arg, forms)}")
+    return forms[arg](c)
 
 
 def _nearest(name: str, valid: Iterable[str]) -> str:
@@ -293,8 +340,6 @@ def _check_values(c: Config) -> None:
     _check_rules(c)
     for name, entry in c.evals.items():
         _one_of(entry.benchmark, f"config.evals.{name}.benchmark", ("zeroshot", "retrieval"))
-        if not entry.data:
-            raise RecipeError(f"config.evals.{name}.data is empty: name the shards or file to evaluate on")
     if not c.data.train:
         raise RecipeError(
             "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"

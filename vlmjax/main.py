@@ -1,0 +1,69 @@
+"""`python -m vlmjax.main --config=configs/clip_vitl.py --workdir=runs/clip`: parse a recipe, check it, train it."""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from vlmjax.config import Config, check_overrides, validate
+from vlmjax.errors import RecipeError, UserError
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "Recipe: a python file with get_config(), e.g. configs/clip_vitl.py or configs/clip_vitl.py:tiny."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://. A run found there is continued.")
+_PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few early steps to workdir/profile.")
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+    """absl's flag parsing, with a misspelt recipe key answered in one line instead of a traceback."""
+    try:
+        check_overrides(arguments[1:])
+        return flags.FLAGS(list(arguments))
+    except flags.Error as error:
+        _stop(RecipeError(_first_line(error)))
+    except UserError as error:
+        _stop(error)
+    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError, OSError) as error:
+        _stop(RecipeError(f"the recipe cannot be read: {type(error).__name__}: {_first_line(error)}"))
+
+
+def _first_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+def _stop(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def checked_recipe() -> Config:
+    """The recipe of the command line, validated before jax is imported."""
+    if _CONFIG.value is None:
+        raise RecipeError("--config is not given: name a recipe, e.g. --config=configs/quickstart.py")
+    if not _WORKDIR.value:
+        raise RecipeError("--workdir is not given: name the folder of the run, e.g. --workdir=runs/quickstart")
+    given = config_flags.get_override_values(flags.FLAGS["config"])
+    return validate(_CONFIG.value, overrides=given)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Train the recipe; user errors end as one line and a documented exit code."""
+    try:
+        if len(arguments) > 1:
+            raise RecipeError(f"unexpected argument {arguments[1]!r}: values are given as --config.key=value")
+        recipe = checked_recipe()
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        from vlmjax.training.loop import train
+
+        train(recipe, _WORKDIR.value, profile=_PROFILE.value)
+    except UserError as error:
+        logging.debug("stopped by", exc_info=True)
+        _stop(error)
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=parse)

@@ -1,0 +1,163 @@
+"""From a validated recipe to the objects of a run: tokenizer, transforms, model, imported parameters."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from vlmjax.data import bpe, text
+from vlmjax.data.augment import TrainTransform
+from vlmjax.data.images import EvalTransform
+from vlmjax.data.sources import Source
+from vlmjax.errors import RecipeError
+from vlmjax.models.bert import BertConfig
+from vlmjax.models.clip import Clip, ClipConfig
+from vlmjax.models.text import TextConfig
+from vlmjax.models.vit import VitConfig
+from vlmjax.training.workdir import Workdir
+
+# Captions read to train a "bpe:N" tokenizer; more change its merges little.
+BPE_CAPTIONS = 20_000
+
+
+def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:
+    """The recipe's tokenizer, kept in `workdir/tokenizer` so that the run can be resumed and exported alone.
+
+    "bpe:N" trains one on the first captions of `source`: the same on every process, so that none waits for another.
+    """
+    folder, length = workdir.path("tokenizer"), recipe.model.text.max_length
+    if folder.is_dir():
+        return text.load(str(folder), length)
+    name = recipe.data.tokenizer or recipe.init_from
+    if not name.startswith("bpe:"):
+        tokenizer = text.load(name, length)
+    else:
+        size = name.removeprefix("bpe:")
+        if not size.isdigit():
+            raise RecipeError(f"config.data.tokenizer={name!r}: expected 'bpe:' and a number of tokens, as 'bpe:1024'")
+        prompts = recipe.data.prompts
+        records = (source[i] for i in range(min(len(source), BPE_CAPTIONS)))
+        captions = (prompt.format(caption) for r in records for caption in r.captions for prompt in prompts)
+        partial = workdir.path("tokenizer.partial")
+        bpe.train_bpe(captions, int(size), str(partial))
+        tokenizer = text.load(str(partial), length)
+    partial = workdir.path("tokenizer.partial")
+    tokenizer.save(str(partial))
+    shutil.move(str(partial), str(folder))
+    return text.load(str(folder), length)
+
+
+def train_transform(recipe: Any, image_size: tuple[int, int]) -> TrainTransform:
+    """Random crops and colours of the recipe, ending at the model's image size."""
+    return TrainTransform(image_size, recipe.data.augment.to_dict(), background=tuple(recipe.data.background))
+
+
+def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
+    """The deterministic preprocessing of evaluation and export: shorter side to the image size, centre crop."""
+    return EvalTransform(min(image_size), image_size, mean=tuple(recipe.data.mean), std=tuple(recipe.data.std))
+
+
+def make_model(recipe: Any, tokenizer: text.Tokenizer, mesh: Any, rules: Any) -> tuple[Clip, Any]:
+    """The model of a recipe and its imported parameters (None where it starts from random numbers).
+
+    With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
+    the recipe keeps deciding compute dtype, remat and dropout.
+    """
+    if not recipe.init_from:
+        return Clip(clip_config(recipe, tokenizer)), None
+    from vlmjax import hub
+
+    model, params = hub.load(recipe.init_from)
+    if not isinstance(model, Clip):
+        raise RecipeError(
+            f"config.init_from={recipe.init_from!r} holds a {type(model).__name__}; stage 'contrastive' needs a dual "
+            "encoder (CLIPModel or VisionTextDualEncoderModel)"
+        )
+    config = _with_compute(model.config, recipe)
+    _check_vocabulary(config.text.vocab_size, tokenizer, recipe.init_from)
+    return Clip(config), params
+
+
+def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
+    """ClipConfig of a recipe's `model` group; token ids that mean something come from the tokenizer."""
+    image, words = recipe.model.image, recipe.model.text
+    compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
+    vocabulary = words.vocab_size or tokenizer.vocab_size
+    _check_vocabulary(vocabulary, tokenizer, recipe.data.tokenizer)
+    size = {key: words[key] for key in ("width", "depth", "heads", "mlp_dim", "max_length", "activation")}
+    if words.kind == "bert":
+        tower = BertConfig(
+            vocab_size=vocabulary, dropout=words.dropout, pad_token_id=tokenizer.pad_token_id, **size, **compute
+        )
+    else:
+        if words.dropout:
+            raise RecipeError(f"config.model.text.dropout={words.dropout}: CLIP's text tower has none; use kind='bert' or 0")
+        tower = TextConfig(
+            vocab_size=vocabulary,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=tokenizer.bos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **size,
+            **compute,
+        )
+    import math
+
+    return ClipConfig(
+        image=VitConfig(**image.to_dict(), **compute),
+        text=tower,
+        projection_dim=recipe.model.projection_dim,
+        logit_scale_init=math.log(recipe.loss.logit_scale_init),
+    )
+
+
+def compute_dtype(recipe: Any) -> str:
+    """The recipe's dtype, with "auto" resolved by the backend: CPUs compute bfloat16 more slowly than float32."""
+    if recipe.model.dtype != "auto":
+        return recipe.model.dtype
+    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def _with_compute(config: ClipConfig, recipe: Any) -> ClipConfig:
+    compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
+    image = dataclasses.replace(config.image, patch_dropout=recipe.model.image.patch_dropout, **compute)
+    return dataclasses.replace(config, image=image, text=dataclasses.replace(config.text, **compute))
+
+
+def _check_vocabulary(size: int, tokenizer: text.Tokenizer, name: str) -> None:
+    if tokenizer.vocab_size > size:
+        raise RecipeError(
+            f"tokenizer {name!r} has {tokenizer.vocab_size} tokens, the text tower embeds {size}: "
+            "set config.model.text.vocab_size to at least that, or use the model's own tokenizer"
+        )
+
+
+def model_to_json(config: ClipConfig) -> dict[str, Any]:
+    """A model config as json, for `workdir/model.json`."""
+    kind = "bert" if isinstance(config.text, BertConfig) else "clip"
+    value = dataclasses.asdict(config)
+    return {**value, "text": {"kind": kind, **value["text"]}}
+
+
+def model_from_json(value: Mapping[str, Any]) -> Clip:
+    """Inverse of `model_to_json`, as a module."""
+    words = dict(value["text"])
+    tower = {"bert": BertConfig, "clip": TextConfig}[words.pop("kind")]
+    image = dict(value["image"])
+    if isinstance(image["image_size"], list):
+        image["image_size"] = tuple(image["image_size"])
+    return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
+
+
+def image_size(model: Clip) -> tuple[int, int]:
+    """(height, width) in pixels that a model is trained on."""
+    size = model.config.image.image_size
+    return (size, size) if isinstance(size, int) else tuple(size)
+
+
+def read_json(path: Path) -> Any:
+    """The json value in a file."""
+    return json.loads(path.read_text())

@@ -1,0 +1,154 @@
+"""What a run reports while it goes: metrics.jsonl, TensorBoard, a progress bar; images/s, data wait, MFU."""
+
+import json
+import logging
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from tensorboardX import SummaryWriter
+
+from vlmjax.training.workdir import Workdir, jsonable
+
+# Peak dense bfloat16 FLOP/s per device as jax counts devices (makers' data sheets; a TPU v4 chip is one device).
+PEAK_FLOPS = {
+    "TPU v3": 61.5e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v5p": 459e12,
+    "TPU v6 lite": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device: Any) -> float | None:
+    """Peak bfloat16 FLOP/s of a device, or None for one that is not in the table."""
+    kind = device.device_kind
+    matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
+    return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+class Clock:
+    """Rates over the steps since the last line: images/s, step time, share of it spent waiting for data."""
+
+    def __init__(self, batch_size: int, flops_per_step: float):
+        """`flops_per_step` are model FLOPs of the whole batch, forward and backward, without recomputation."""
+        self.batch_size, self.flops = batch_size, flops_per_step
+        peak = peak_flops(jax.devices()[0])
+        self.peak = peak * jax.device_count() if peak else None
+        self.restart()
+
+    def restart(self) -> None:
+        """Begin an interval now; called after pauses that are not training (compilation, evaluation)."""
+        self._start, self._wait, self._steps = time.perf_counter(), 0.0, 0
+
+    def step(self, waited: float) -> None:
+        """Count one step whose batch took `waited` seconds to arrive."""
+        self._wait += waited
+        self._steps += 1
+
+    def read(self) -> dict[str, float]:
+        """The rates of the interval so far; empty before its first step."""
+        seconds = time.perf_counter() - self._start
+        if not self._steps or seconds <= 0:
+            return {}
+        rates = {
+            "images_per_second": self.batch_size * self._steps / seconds,
+            "step_seconds": seconds / self._steps,
+            "data_wait_share": self._wait / seconds,
+            "model_tflops_per_second": self.flops * self._steps / seconds / 1e12,
+        }
+        if self.peak:
+            rates["mfu"] = self.flops * self._steps / seconds / self.peak
+        return rates
+
+
+class MetricsLog:
+    """Lines of metrics.jsonl and the same numbers in TensorBoard. Only the first process writes."""
+
+    def __init__(self, workdir: Workdir, start_step: int):
+        """Open the log; lines after `start_step` belong to work that is about to be redone and are dropped."""
+        self._workdir = workdir
+        path = workdir.path("metrics.jsonl")
+        lines = _lines_up_to(path, start_step) if path.exists() else []
+        path.write_text("".join(lines))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir.path("tensorboard")), purge_step=start_step + 1) if workdir.writer else None
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Add one line; `step` counts the updates done."""
+        row = jsonable({"step": step, **metrics})
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+        if self._board:
+            for name, value in row.items():
+                if isinstance(value, (int, float)) and name != "step":
+                    self._board.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush both files."""
+        self._file.close()
+        if self._board:
+            self._board.close()
+
+
+def _lines_up_to(path: Any, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError):
+            logging.warning("%s: dropped a damaged line: %.60r", path, line)
+    return kept
+
+
+class ProgressBar:
+    """Step, loss, images/s, share of time waiting for data, time left: a bar in a terminal, lines elsewhere."""
+
+    def __init__(self, start: int, total: int, shown: bool = True):
+        """`shown` is False on every process but the first."""
+        self._console = Console()
+        self._bar = None
+        self._total, self._shown = total, shown
+        if shown and self._console.is_terminal:
+            columns = ("[bold]{task.completed}/{task.total}", "{task.fields[text]}", "eta")
+            self._bar = Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TextColumn(columns[2]), TimeRemainingColumn(), console=self._console)
+            self._task = self._bar.add_task("", total=total, completed=start, text="compiling")
+            self._bar.start()
+        self._begin, self._first = time.perf_counter(), start
+
+    def step(self, step: int) -> None:
+        """Move the bar to `step`."""
+        if self._bar:
+            self._bar.update(self._task, completed=step)
+
+    def report(self, step: int, row: Mapping[str, float]) -> None:
+        """Show the numbers of a logged step."""
+        text = f"loss {row['loss']:.4f}"
+        if "images_per_second" in row:
+            text += f"  {row['images_per_second']:.0f} images/s  data wait {row['data_wait_share']:.0%}"
+        if "mfu" in row:
+            text += f"  MFU {row['mfu']:.1%}"
+        if self._bar:
+            self._bar.update(self._task, completed=step, text=text)
+        elif self._shown:
+            left = (time.perf_counter() - self._begin) / max(step - self._first, 1) * (self._total - step)
+            print(f"step {step}/{self._total}  {text}  ETA {_hms(left)}", flush=True)
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar:
+            self._bar.stop()
+
+
+def _hms(seconds: float) -> str:
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,81 @@
+"""Optimizers and learning-rate schedules as a recipe names them, on optax."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from vlmjax.errors import RecipeError
+from vlmjax.sharding.rules import match_rules
+
+Rules = Sequence[tuple[str, float]]
+
+
+def make_schedule(config: Any, total: int, warmup: int, cooldown: int) -> optax.Schedule:
+    """Learning rate as a function of the number of updates done so far.
+
+    Args:
+      config: `recipe.optimizer` (schedule, learning_rate).
+      total: updates in the whole run.
+      warmup: updates over which the rate rises linearly from 0 to the peak.
+      cooldown: last updates over which it falls linearly to 0 (rsqrt and constant).
+    """
+    if warmup + cooldown > total:
+        raise RecipeError(
+            f"config.optimizer: warm-up ({warmup} steps) and cool-down ({cooldown}) are longer than the run ({total})"
+        )
+    peak, decay = config.learning_rate, max(total - warmup, 1)
+    if config.schedule == "cosine":
+        after = optax.cosine_decay_schedule(peak, decay)
+    elif config.schedule == "linear":
+        after = optax.linear_schedule(peak, 0.0, decay)
+    elif config.schedule == "rsqrt":
+        scale = max(warmup, 1)
+
+        def after(count):
+            return peak * jnp.sqrt(scale / (scale + jnp.asarray(count, jnp.float32)))
+    else:
+        after = optax.constant_schedule(peak)
+    schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
+    if not cooldown or config.schedule in ("cosine", "linear"):
+        return schedule
+    start = total - cooldown
+    return lambda count: schedule(count) * jnp.clip((total - count) / cooldown, 0.0, 1.0) ** (count >= start)
+
+
+def make_optimizer(config: Any, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+    """The gradient transformation of a recipe: clip, precondition, decay, scale by the (per-parameter) rate.
+
+    Args:
+      config: `recipe.optimizer`.
+      schedule: from `make_schedule`.
+      params: trainable parameters (arrays or shapes); the regex multipliers are resolved against their paths.
+
+    Weight decay is decoupled: parameters shrink by rate * weight_decay * multiplier per step (AdamW, 1711.05101).
+    """
+    rates = match_rules(config.learning_rate_multipliers, params, default=1.0)
+    decays = match_rules(config.weight_decay_multipliers, params, default=1.0)
+    decays = jax.tree.map(lambda factor: factor * config.weight_decay, decays)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
+        _precondition(config),
+        optax.stateless(lambda updates, p: jax.tree.map(lambda u, x, d: u + d * x, updates, p, decays)),
+        optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: r * u, updates, rates)),
+        optax.scale_by_learning_rate(schedule),
+    )
+
+
+def _precondition(config: Any) -> optax.GradientTransformation:
+    if config.name == "adamw":
+        return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.name == "lion":
+        return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+    # Adafactor as ViT-G was trained with it (arXiv 2106.04560, section 3.4): factored second moment, its decay capped
+    # by b2, no scaling by the parameter's own size, momentum in bfloat16.
+    return optax.chain(
+        optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30),
+        optax.clip_by_block_rms(1.0),
+        optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16),
+    )

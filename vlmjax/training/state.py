@@ -1,0 +1,106 @@
+"""What a training run carries from step to step, and where each array of it lives on the mesh."""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from vlmjax.errors import RecipeError
+from vlmjax.sharding.mesh import replicated
+from vlmjax.sharding.rules import path_of, shardings
+
+Tree = Any
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything an update reads and writes. Randomness is not here: it is a function of (seed, step).
+
+    `params` holds the trainable parameters alone and `frozen` the others; frozen ones get no gradient and no
+    optimizer state. `ema` is the moving average of `params`, or an empty dict.
+    """
+
+    step: jax.Array  # int32 [], updates done
+    params: Tree
+    frozen: Tree
+    opt_state: Tree
+    ema: Tree
+
+
+def split(params: Tree, frozen: Sequence[str]) -> tuple[Tree, Tree]:
+    """Divide parameters into (trainable, frozen) by regexes on their "a/b/c" paths.
+
+    Raises:
+      RecipeError: where a regex matches nothing, or nothing is left to train.
+    """
+    flat = traverse_util.flatten_dict(params, sep="/")
+    for pattern in frozen:
+        if not any(re.fullmatch(pattern, path) for path in flat):
+            groups = ", ".join(sorted({path.split("/")[0] for path in flat}))
+            raise RecipeError(f"config.frozen: {pattern!r} matches no parameter (they begin with {groups})")
+    is_frozen = {path: any(re.fullmatch(pattern, path) for pattern in frozen) for path in flat}
+    if all(is_frozen.values()):
+        raise RecipeError(f"config.frozen={tuple(frozen)} leaves no parameter to train")
+    halves = ({p: v for p, v in flat.items() if is_frozen[p] is half} for half in (False, True))
+    trainable, fixed = (traverse_util.unflatten_dict(half, sep="/") for half in halves)
+    return trainable, fixed
+
+
+def merge(params: Tree, frozen: Tree) -> Tree:
+    """The whole parameter tree from its two halves."""
+    flat = traverse_util.flatten_dict(params) | traverse_util.flatten_dict(frozen)
+    return traverse_util.unflatten_dict(flat)
+
+
+def make_state(params: Tree, frozen: Sequence[str], optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+    """A state at step 0. Traceable, so that it can be built directly in its final place."""
+    trainable, fixed = split(params, frozen)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=trainable,
+        frozen=fixed,
+        opt_state=optimizer.init(trainable),
+        ema=jax.tree.map(jnp.copy, trainable) if ema else {},
+    )
+
+
+def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainState:
+    """The sharding of every array of a state: parameters by rule, optimizer moments like their parameter.
+
+    An array of the optimizer belongs to the parameter whose path ends its own and whose shape it has; counters and
+    factored moments are replicated.
+    """
+    whole = shardings(rules, merge(abstract.params, abstract.frozen), mesh)
+    by_path = traverse_util.flatten_dict(whole, sep="/")
+    shapes = traverse_util.flatten_dict(merge(abstract.params, abstract.frozen), sep="/")
+
+    def place(keypath: Any, leaf: Any) -> jax.sharding.NamedSharding:
+        parts = path_of(keypath).split("/")
+        for start in range(len(parts)):
+            path = "/".join(parts[start:])
+            if path in by_path and shapes[path].shape == leaf.shape:
+                return by_path[path]
+        return replicated(mesh)
+
+    return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def init_state(make: Callable[[Any], TrainState], seed_or_params: Any, rules: Sequence, mesh: Mesh) -> TrainState:
+    """Run `make` so that no array is ever whole on one device: compiled with its output shardings.
+
+    Args:
+      make: from a key (or imported parameters) to a TrainState.
+      seed_or_params: its argument.
+    """
+    abstract = jax.eval_shape(make, seed_or_params)
+    return jax.jit(make, out_shardings=state_shardings(abstract, rules, mesh))(seed_or_params)
+
+
+def count(tree: Tree) -> int:
+    """Number of parameters in a tree of arrays or shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))

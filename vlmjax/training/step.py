@@ -1,0 +1,121 @@
+"""One update: gradients of the trainable half, a finite check that gates it, optimizer, moving average."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from vlmjax.sharding.mesh import BATCH_AXES
+from vlmjax.training.state import TrainState, merge
+
+Tree = Any
+
+
+def value_and_grad(stage: Any, params: Tree, frozen: Tree, batch: Mapping, rng: Any) -> tuple:
+    """((loss, metrics), gradient of the trainable parameters) of a global batch in one forward pass."""
+
+    def loss(trainable):
+        whole = merge(trainable, frozen)
+        return stage.head(whole, stage.encode(whole, batch, rng), batch)
+
+    return jax.value_and_grad(loss, has_aux=True)(params)
+
+
+def cached_value_and_grad(
+    stage: Any, params: Tree, frozen: Tree, batch: Mapping, rng: Any, micro_batches: int, mesh: Mesh
+) -> tuple:
+    """As `value_and_grad`, in `micro_batches` passes whose negatives are still those of the whole batch.
+
+    Gradient caching (arXiv 2101.06983): features of all micro-batches first, without keeping activations; the loss and
+    its gradient with respect to the features once; then each micro-batch forward again, pulling its part back.
+    """
+    parts = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), batch)
+    keys = jax.random.split(rng, micro_batches)
+    encode = jax.checkpoint(lambda p, part, key: stage.encode(merge(p, frozen), part, key))
+    stacked = jax.lax.map(lambda args: encode(params, *args), (parts, keys))
+    features = jax.tree.map(lambda x: _from_micro(x, mesh), stacked)
+
+    def head(trainable, feats):
+        return stage.head(merge(trainable, frozen), feats, batch)
+
+    (loss, metrics), (grads, feature_grads) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(params, features)
+    feature_grads = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), feature_grads)
+
+    def pull(total, args):
+        part, key, cotangent = args
+        _, vjp = jax.vjp(lambda p: encode(p, part, key), params)
+        return jax.tree.map(jnp.add, total, vjp(cotangent)[0]), None
+
+    grads, _ = jax.lax.scan(pull, grads, (parts, keys, feature_grads))
+    return (loss, metrics), grads
+
+
+def _to_micro(x: jax.Array, n: int, mesh: Mesh) -> jax.Array:
+    """[batch, ...] -> [n, batch / n, ...], each micro-batch taking the same share of every device's own rows."""
+    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    x = x.reshape(shards, n, -1, *x.shape[1:])
+    x = jnp.moveaxis(x, 1, 0).reshape(n, -1, *x.shape[3:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
+
+
+def _from_micro(x: jax.Array, mesh: Mesh) -> jax.Array:
+    """Inverse of `_to_micro`: rows back in the order of the batch."""
+    shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
+    x = x.reshape(x.shape[0], shards, -1, *x.shape[2:])
+    x = jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[3:])
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(BATCH_AXES)))
+
+
+def make_train_step(
+    stage: Any,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    mesh: Mesh,
+    *,
+    seed: int,
+    micro_batches: int = 1,
+    ema_decay: float = 0.0,
+) -> Callable[[TrainState, Mapping], tuple[TrainState, dict]]:
+    """The function (state, batch) -> (state, metrics) that is compiled once per run.
+
+    A step whose loss or gradient is not finite leaves the state as it was and reports `finite` False, with one flag per
+    top-level group of parameters under `finite_groups`.
+    """
+
+    def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, dict]:
+        rng = jax.random.fold_in(jax.random.key(seed), state.step)
+        if micro_batches == 1:
+            (loss, metrics), grads = value_and_grad(stage, state.params, state.frozen, batch, rng)
+        else:
+            (loss, metrics), grads = cached_value_and_grad(
+                stage, state.params, state.frozen, batch, rng, micro_batches, mesh
+            )
+        norm = optax.global_norm(grads)
+        finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = stage.project(optax.apply_updates(state.params, updates))
+        ema = _average(state.ema, params, ema_decay, state.step) if ema_decay else {}
+        new = TrainState(step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=ema)
+        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        groups = {name: jnp.isfinite(optax.global_norm(group)) for name, group in grads.items()}
+        metrics = {
+            **metrics,
+            "loss": loss,
+            "grad_norm": norm,
+            "learning_rate": schedule(state.step),
+            "finite": finite,
+            "finite_groups": groups,
+        }
+        return new, metrics
+
+    return train_step
+
+
+def _average(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:
+    """Move the average towards the parameters; faster at the start, so that the random weights are soon forgotten."""
+    count = step.astype(jnp.float32)
+    share = 1 - jnp.minimum(jnp.float32(decay), (1 + count) / (10 + count))
+    return jax.tree.map(lambda old, new: old + share * (new - old), ema, params)
