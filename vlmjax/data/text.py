@@ -1,0 +1,246 @@
+"""Captions to token ids: any Hugging Face tokenizer, fixed length, the ids transformers would give."""
+
+import json
+import logging
+import os
+import pathlib
+import shutil
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from vlmjax.errors import DataError
+
+_log = logging.getLogger(__name__)
+_CACHED_TEXTS = 200_000
+_FILES = (
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
+    "tokenizer.model spiece.model sentencepiece.bpe.model config.json chat_template.jinja"
+).split()
+# What a bare tokenizer.json does not say: which of its special tokens play which part, best guess first.
+_ROLES = {
+    "bos": ("<|startoftext|>", "[CLS]", "<s>"),
+    "eos": ("<|endoftext|>", "[SEP]", "</s>", "<|im_end|>"),
+    "pad": ("[PAD]", "<pad>", "<|endoftext|>", "</s>"),
+}
+
+
+class Tokenizer:
+    """A tokenizer at one length: `tokenizer(["a cat"]) -> {"input_ids", "attention_mask"}`, int32 [batch, length].
+
+    Longer texts are cut as transformers cuts them, which keeps the closing token; `truncated` counts them. Safe to
+    call from many threads: the settings of the underlying tokenizer are fixed when it is built.
+
+    Attributes:
+        max_length: every row has this many ids.
+        vocab_size: one more than the largest id.
+        bos_token_id, eos_token_id, pad_token_id: None where the tokenizer has no such token; a tokenizer
+            without a padding token pads with its closing token (masked out).
+        texts, truncated: how many texts were encoded, and how many of them did not fit.
+    """
+
+    def __init__(
+        self,
+        backend: Any,
+        max_length: int,
+        *,
+        bos: int | None,
+        eos: int | None,
+        pad: int | None,
+        side: str = "right",
+        folder: str | None = None,
+        hf: Any = None,
+    ):
+        """`backend` is a `tokenizers.Tokenizer`; it is copied, so the caller's own is left as it was."""
+        self._backend = type(backend).from_str(backend.to_str())
+        self._backend.no_padding()
+        self._backend.enable_truncation(max_length)
+        self.max_length, self.bos_token_id, self.eos_token_id = max_length, bos, eos
+        self.pad_token_id = pad if pad is not None else (eos if eos is not None else 0)
+        self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
+        self._left, self._folder, self._hf = side == "left", folder, hf
+        self._known: dict[str, tuple[np.ndarray, bool]] = {}
+        self._lock = threading.Lock()
+        self.texts = self.truncated = 0
+
+    def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+        """Encode texts: `input_ids` and `attention_mask` (1 on real tokens), int32 [len(texts), max_length]."""
+        rows = self._rows(texts)
+        ids = np.full((len(rows), self.max_length), self.pad_token_id, np.int32)
+        mask = np.zeros_like(ids)
+        for row, (tokens, _) in enumerate(rows):
+            place = slice(self.max_length - len(tokens), None) if self._left else slice(0, len(tokens))
+            ids[row, place], mask[row, place] = tokens, 1
+        with self._lock:
+            self.texts += len(rows)
+            self.truncated += sum(cut for _, cut in rows)
+        return {"input_ids": ids, "attention_mask": mask}
+
+    def _rows(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
+        """Ids of each text and whether it was cut. A caption comes back every epoch, so results are kept."""
+        known = self._known
+        found = {text: known[text] for text in texts if text in known}
+        new = [text for text in dict.fromkeys(texts) if text not in found]
+        if new:
+            encoded = self._backend.encode_batch(new)
+            found |= {
+                text: (np.array(one.ids, np.int32), bool(one.overflowing))
+                for text, one in zip(new, encoded, strict=True)
+            }
+            if len(known) + len(new) > _CACHED_TEXTS:
+                self._known = known = {}
+            known |= {text: found[text] for text in new}
+        return [found[text] for text in texts]
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text with its special tokens, neither padded nor counted."""
+        return self._rows([text])[0][0].tolist()
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of some ids, special tokens left out."""
+        text = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
+        return text.replace("</w>", " ").strip()
+
+    def tokens(self, ids: Sequence[int]) -> list[str]:
+        """The vocabulary entries of some ids."""
+        return [self._backend.id_to_token(int(i)) or "" for i in ids]
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder that `load` and transformers read: the original files, or what transformers writes."""
+        os.makedirs(folder, exist_ok=True)
+        if self._hf is not None:
+            self._hf.save_pretrained(str(folder))
+            return
+        for name in _FILES:
+            source = os.path.join(self._folder or "", name)
+            if name != "config.json" and os.path.isfile(source):
+                if os.path.abspath(source) != os.path.abspath(os.path.join(folder, name)):
+                    shutil.copyfile(source, os.path.join(folder, name))
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Worker processes fill a cache of their own."""
+        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_known")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A fresh lock and an empty cache."""
+        vars(self).update(state, _lock=threading.Lock(), _known={})
+
+
+def load(folder_or_id: str | os.PathLike[str], max_length: int = 77) -> Tokenizer:
+    """Open a tokenizer: a folder in Hugging Face's layout, a folder of bare vocabulary files, or a hub id.
+
+    A CLIP folder with its `tokenizer.json` is read by the `tokenizers` library alone; every other goes through
+    transformers, so that the rules of its class apply. Bare files work too: `tokenizer.json`, BERT's `vocab.txt`,
+    `vocab.json` with `merges.txt`, a sentencepiece `tokenizer.model`.
+
+    Raises:
+        DataError: nothing readable there, or the length has no room for the special tokens.
+    """
+    path = pathlib.Path(folder_or_id).expanduser()
+    if path.is_dir():
+        names = {entry.name for entry in path.iterdir()}
+        tokenizer = _load_folder(path, names, max_length)
+    elif path.exists() or str(folder_or_id).startswith((".", "/", "~")):
+        raise DataError(
+            f"no tokenizer folder at {folder_or_id}; give a folder or a hub id such as {'openai/clip-vit-base-patch32'!r}"
+        )
+    else:
+        tokenizer = _from_transformers(str(folder_or_id), max_length)
+    needed = len(tokenizer.encode(""))
+    if max_length <= needed:
+        raise DataError(
+            f"text length {max_length} leaves no room beside the {needed} special tokens of {folder_or_id}"
+        )
+    return tokenizer
+
+
+def _load_folder(path: pathlib.Path, names: set[str], max_length: int) -> Tokenizer:
+    settings = _read_json(path / "tokenizer_config.json")
+    named = settings.get("tokenizer_class") or (
+        "config.json" in names and "model_type" in _read_json(path / "config.json")
+    )
+    is_clip = str(settings.get("tokenizer_class", "")).startswith("CLIPTokenizer")
+    if "tokenizer.json" in names and (is_clip or not named):
+        return _from_json(path, settings, max_length)
+    if named:
+        return _from_transformers(str(path), max_length)
+    return _from_bare_files(path, names, max_length)
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not json: {error}") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _from_json(path: pathlib.Path, settings: dict[str, Any], max_length: int) -> Tokenizer:
+    import tokenizers
+
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # the library raises plain Exception
+        raise DataError(f"{path / 'tokenizer.json'} is not a tokenizer: {error}") from error
+    settings = _read_json(path / "special_tokens_map.json") | settings
+    ids = {}
+    for role, guesses in _ROLES.items():
+        stated = settings.get(f"{role}_token")
+        stated = stated.get("content") if isinstance(stated, dict) else stated
+        candidates = [stated] if stated else guesses
+        ids[role] = next((i for i in map(backend.token_to_id, candidates) if i is not None), None)
+    side = settings.get("padding_side", "right")
+    return Tokenizer(backend, max_length, **ids, side=side, folder=str(path))
+
+
+def _from_bare_files(path: pathlib.Path, names: set[str], max_length: int) -> Tokenizer:
+    """Vocabulary files without a word about their class: the file names tell."""
+    import transformers
+
+    if "vocab.txt" in names:
+        hf = transformers.BertTokenizerFast.from_pretrained(str(path))
+    elif {"vocab.json", "merges.txt"} <= names:
+        vocabulary = _read_json(path / "vocab.json")
+        clip = "<|startoftext|>" in vocabulary
+        hf = (transformers.CLIPTokenizerFast if clip else transformers.GPT2TokenizerFast).from_pretrained(
+            str(path)
+        )
+    elif "tokenizer.model" in names:
+        hf = transformers.LlamaTokenizerFast.from_pretrained(str(path))
+    else:
+        listing = ", ".join(sorted(names)[:8]) or "nothing"
+        raise DataError(
+            f"no tokenizer in {path} (it holds {listing}); expected tokenizer.json, vocab.txt, "
+            "vocab.json with merges.txt, or tokenizer.model"
+        )
+    return _wrap(hf, max_length)
+
+
+def _from_transformers(name: str, max_length: int) -> Tokenizer:
+    import transformers
+
+    try:
+        hf = transformers.AutoTokenizer.from_pretrained(name, use_fast=True)
+    except Exception as error:  # network, permissions, unknown classes: transformers has no common base class
+        raise DataError(f"cannot load tokenizer {name!r}: {str(error).splitlines()[0]}") from error
+    return _wrap(hf, max_length)
+
+
+def _wrap(hf: Any, max_length: int) -> Tokenizer:
+    if not getattr(hf, "is_fast", False):
+        raise DataError(
+            f"tokenizer {hf.name_or_path!r} ({type(hf).__name__}) has no fast form; convert it to tokenizer.json"
+        )
+    return Tokenizer(
+        hf.backend_tokenizer,
+        max_length,
+        bos=hf.bos_token_id if hf.bos_token_id is not None else hf.cls_token_id,
+        eos=hf.eos_token_id if hf.eos_token_id is not None else hf.sep_token_id,
+        pad=hf.pad_token_id,
+        side=hf.padding_side,
+        hf=hf,
+    )
