@@ -56,9 +56,10 @@ def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarr
 
     Raises RecipeError when several slices cannot be laid along `data` (and, failing that, `fsdp`).
     """
-    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    slices = len({_slice(device) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        grid = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return _gather_processes(grid)
     data, fsdp, tensor = shape
     over_data = math.gcd(data, slices)
     over_fsdp = slices // over_data
@@ -68,9 +69,48 @@ def device_grid(shape: tuple[int, int, int], devices: Sequence[Any]) -> np.ndarr
             f"{len(devices) // slices} devices: make data a multiple of {slices}"
         )
     within = (data // over_data, fsdp // over_fsdp, tensor)
-    return mesh_utils.create_hybrid_device_mesh(
+    grid = mesh_utils.create_hybrid_device_mesh(
         within, (over_data, over_fsdp, 1), devices, allow_split_physical_axes=True
     )
+    return _gather_processes(grid)
+
+
+def _slice(device: Any) -> int:
+    """The set of devices joined by fast links that a device belongs to; backends without slices are one."""
+    return getattr(device, "slice_index", 0)
+
+
+def _gather_processes(grid: np.ndarray) -> np.ndarray:
+    """The same grid with positions along the batch reordered until each process holds one run of them.
+
+    A physical layout may give a host rows here and there, but a host reads its rows as one range. Reordering
+    whole entries of `data` leaves every `fsdp` and `tensor` group as it was; only if that is not enough are
+    the groups of `fsdp` mixed as well.
+    """
+
+    def order(blocks: np.ndarray) -> list[int]:
+        return sorted(
+            range(len(blocks)), key=lambda i: (_slice(blocks[i].flat[0]), blocks[i].flat[0].process_index)
+        )
+
+    by_data = grid[order(grid)]
+    if all(_is_run(blocks) for blocks in _blocks_of_processes(by_data).values()):
+        return by_data
+    columns = grid.reshape(-1, grid.shape[2])
+    return columns[order(columns)].reshape(grid.shape)
+
+
+def _blocks_of_processes(grid: np.ndarray) -> dict[int, tuple[int, ...]]:
+    """For each process, the positions along the batch at which it has a device."""
+    found: dict[int, set[int]] = {}
+    for position, column in enumerate(grid.reshape(-1, grid.shape[2])):
+        for device in column:
+            found.setdefault(device.process_index, set()).add(position)
+    return {process: tuple(sorted(blocks)) for process, blocks in found.items()}
+
+
+def _is_run(blocks: tuple[int, ...]) -> bool:
+    return blocks[-1] - blocks[0] + 1 == len(blocks)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
@@ -103,77 +143,62 @@ def check_batch_size(batch_size: int, mesh: Mesh, micro_batches: int = 1) -> Non
 
 
 def local_rows(mesh: Mesh, batch_size: int) -> range:
-    """The rows of the global batch that this process supplies.
+    """The rows of the global batch that this process supplies, one range.
 
-    Processes that hold the same rows (a `tensor` axis across processes) are given the same range. Ranges are
-    dealt in the order of the processes' first block; where the mesh gives a process blocks that do not touch,
-    the rows of its range fill them in order.
+    Processes that hold the same rows (a `tensor` axis across processes) are given the same range.
 
     Raises:
       RecipeError: a batch size the mesh cannot cut, or a mesh whose processes share only part of their rows.
     """
-    rank, rows = _layout(mesh, batch_size)
-    return range(rank * rows, (rank + 1) * rows)
+    check_batch_size(batch_size, mesh)
+    block = batch_size // batch_shards(mesh)
+    first, count = _local_blocks(mesh)
+    return range(first * block, (first + count) * block)
+
+
+@functools.lru_cache(maxsize=16)
+def _local_blocks(mesh: Mesh) -> tuple[int, int]:
+    """First position along the batch of this process, and how many it has."""
+    return share_of(jax.process_index(), _blocks_of_processes(mesh.devices))
+
+
+def share_of(process: int, blocks: Mapping[int, tuple[int, ...]]) -> tuple[int, int]:
+    """First block and number of blocks of `process`, given the blocks that each process holds.
+
+    Raises RecipeError unless every two processes hold the same run of blocks or none in common.
+    """
+    groups = set(blocks.values())
+    together = [block for group in groups for block in group]
+    if len(set(together)) != len(together) or not all(_is_run(group) for group in groups):
+        raise RecipeError(
+            f"this mesh gives {len(blocks)} processes overlapping or scattered parts of the batch: choose "
+            "tensor so that it divides the devices of one process, or is a multiple of them"
+        )
+    return blocks[process][0], len(blocks[process])
 
 
 def to_global(local: Mapping[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:
     """Global arrays `[batch_size, ...]` from the rows `local_rows(mesh, batch_size)` of this process.
 
-    Raises ValueError when an array does not have that many rows.
+    Row i of a global array is row i of the batch, whatever the mesh and the number of processes.
+
+    Raises ValueError when an array does not have the rows of this process.
     """
-    rows = len(local_rows(mesh, batch_size))
-    sharding, blocks = batch_sharding(mesh), _local_blocks(mesh, batch_size)
+    rows, sharding = local_rows(mesh, batch_size), batch_sharding(mesh)
     arrays = {}
     for name, value in local.items():
-        if len(value) != rows:
-            raise ValueError(
-                f"{name}: {len(value)} rows, expected the {rows} this process supplies of {batch_size}"
-            )
+        if len(value) != len(rows):
+            raise ValueError(f"{name}: {len(value)} rows, this process supplies {len(rows)} of {batch_size}")
         shape = (batch_size, *value.shape[1:])
-        arrays[name] = jax.make_array_from_callback(shape, sharding, functools.partial(_block, value, blocks))
+        places = sharding.addressable_devices_indices_map(shape)
+        blocks = [_block(value, rows.start, index) for index in places.values()]
+        # Device by device: an explicit transfer, which the transfer guard around a step lets through.
+        on_device = jax.device_put(blocks, list(places))
+        arrays[name] = jax.make_array_from_single_device_arrays(shape, sharding, on_device)
     return arrays
 
 
-def _block(value: np.ndarray, blocks: dict[int, int], index: tuple[slice, ...]) -> np.ndarray:
-    """The rows a device asks for by their global index, out of the rows of this process."""
+def _block(value: np.ndarray, first: int, index: tuple[slice, ...]) -> np.ndarray:
+    """What a device holds by global rows, out of the rows of this process, of which `first` is the first."""
     start, stop = index[0].start or 0, index[0].stop
-    here = blocks[start]
-    return value[here:] if stop is None else value[here : here + stop - start]
-
-
-@functools.lru_cache(maxsize=64)
-def _starts(mesh: Mesh, batch_size: int) -> dict[int, tuple[int, ...]]:
-    """For each process, the first rows of the blocks its devices hold, in order."""
-    check_batch_size(batch_size, mesh)
-    starts: dict[int, set[int]] = {}
-    for device, index in batch_sharding(mesh).devices_indices_map((batch_size,)).items():
-        starts.setdefault(device.process_index, set()).add(index[0].start or 0)
-    return {process: tuple(sorted(found)) for process, found in starts.items()}
-
-
-@functools.lru_cache(maxsize=64)
-def _local_blocks(mesh: Mesh, batch_size: int) -> dict[int, int]:
-    """First global row of each block of this process -> its first row among those the process holds."""
-    size = batch_size // batch_shards(mesh)
-    return {start: i * size for i, start in enumerate(_starts(mesh, batch_size)[jax.process_index()])}
-
-
-@functools.lru_cache(maxsize=64)
-def _layout(mesh: Mesh, batch_size: int) -> tuple[int, int]:
-    """This process' place among the groups of processes that hold the same rows, and the rows of a group."""
-    return layout_of(_starts(mesh, batch_size), jax.process_index(), batch_size)
-
-
-def layout_of(starts: Mapping[int, tuple[int, ...]], process: int, batch_size: int) -> tuple[int, int]:
-    """Place and size of the share of `process`, given the blocks each process holds.
-
-    Raises RecipeError when shares overlap in part or differ in size: no cut into equal ranges exists then.
-    """
-    groups = sorted(set(starts.values()))
-    blocks = [block for group in groups for block in group]
-    if len(set(blocks)) != len(blocks) or len({len(group) for group in groups}) != 1:
-        raise RecipeError(
-            f"this mesh gives {len(starts)} processes unequal or partly shared parts of the batch; "
-            "choose tensor to divide, or be a multiple of, the devices of one process"
-        )
-    return groups.index(starts[process]), batch_size // len(groups)
+    return value[start - first : None if stop is None else stop - first]

@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -11,8 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from vlmjax.errors import RecipeError
 
 Rules = Sequence[tuple[str, Any]]
-# One entry per dimension: an axis of the mesh, several axes, or None. Missing dimensions at the end are None.
-Spec = Sequence[str | Sequence[str] | None]
 
 
 def path_of(keypath: Sequence[Any]) -> str:
@@ -20,7 +18,10 @@ def path_of(keypath: Sequence[Any]) -> str:
     return jax.tree_util.keystr(tuple(keypath), simple=True, separator="/")
 
 
-def match_rules(rules: Rules, params: Any, *, what: str = "rules") -> Any:
+_REQUIRED = object()
+
+
+def match_rules(rules: Rules, params: Any, *, what: str = "rules", default: Any = _REQUIRED) -> Any:
     """The value of the first rule whose expression matches the whole path of each parameter.
 
     The same helper places parameters, scales their learning rate and weight decay, and freezes them.
@@ -28,7 +29,8 @@ def match_rules(rules: Rules, params: Any, *, what: str = "rules") -> Any:
     Args:
       rules: pairs of a regular expression (`re.fullmatch` on `a/b/c`) and any value.
       params: nested dicts; the leaves themselves are not looked at.
-      what: how errors call the rules, as the recipe does (`placement`, `optimizer.weight_decay_rules`).
+      what: how errors call the rules, as the recipe does (`sharding`, `optimizer.weight_decay_multipliers`).
+      default: value of parameters that no rule matches; without it there may be none.
 
     Returns:
       A tree like `params` whose leaves are the values.
@@ -42,12 +44,12 @@ def match_rules(rules: Rules, params: Any, *, what: str = "rules") -> Any:
     paths = [path_of(keypath) for keypath, _ in leaves]
     first = [next((i for i, regex in enumerate(compiled) if regex.fullmatch(path)), None) for path in paths]
     for path, i in zip(paths, first, strict=True):
-        if i is None:
+        if i is None and default is _REQUIRED:
             raise RecipeError(f"{what}: no rule covers {path}; end the rules with ('.*', ...)")
     for i in range(len(rules)):
         if i not in first:
             _explain_idle(i, compiled, paths, what)
-    return jax.tree.unflatten(treedef, [rules[i][1] for i in first])
+    return jax.tree.unflatten(treedef, [default if i is None else rules[i][1] for i in first])
 
 
 def _compile(regex: str, what: str) -> re.Pattern:
@@ -77,7 +79,8 @@ def shardings(rules: Rules, abstract_params: Any, mesh: Mesh) -> Any:
     """A `NamedSharding` for every parameter.
 
     Args:
-      rules: pairs of a regular expression and a spec such as `(None, "fsdp", "tensor")`.
+      rules: pairs of a regular expression and a spec such as `(None, ("data", "fsdp"), "tensor")`: for each
+        dimension an axis, several, or None; dimensions it leaves out at the end are None.
       abstract_params: nested dicts of anything with a shape, `jax.eval_shape`'s result for example.
       mesh: its axes are the names a spec may use.
 
@@ -85,9 +88,9 @@ def shardings(rules: Rules, abstract_params: Any, mesh: Mesh) -> Any:
       RecipeError: whatever `match_rules` raises; a spec with more entries than the parameter has dimensions,
         an axis the mesh lacks or that is used twice, a dimension that its axes do not divide.
     """
-    specs = match_rules(rules, abstract_params, what="placement")
+    specs = match_rules(rules, abstract_params, what="sharding")
 
-    def place(keypath: Any, leaf: Any, spec: Spec) -> NamedSharding:
+    def place(keypath: Any, leaf: Any, spec: Any) -> NamedSharding:
         _check(path_of(keypath), leaf.shape, spec, mesh)
         entries = (_axes(entry) or None for entry in spec)
         return NamedSharding(mesh, PartitionSpec(*(e[0] if e and len(e) == 1 else e for e in entries)))
@@ -102,7 +105,7 @@ def _axes(entry: str | Sequence[str] | None) -> tuple[str, ...]:
     return (entry,) if isinstance(entry, str) else tuple(entry)
 
 
-def _check(path: str, shape: Sequence[int], spec: Spec, mesh: Mesh) -> None:
+def _check(path: str, shape: Sequence[int], spec: Any, mesh: Mesh) -> None:
     """Raise RecipeError when `spec` cannot place a parameter of this shape."""
     about = f"placement of {path}{list(shape)} as {_show(spec)}"
     if isinstance(spec, str) or not isinstance(spec, Sequence):
@@ -126,22 +129,24 @@ def _show(spec: Any) -> str:
     return repr(tuple(spec)) if isinstance(spec, Sequence) and not isinstance(spec, str) else repr(spec)
 
 
-def format_table(abstract_params: Any, placement: Mapping[str, Any]) -> str:
+def format_table(rules: Rules, abstract_params: Any, mesh: Mesh) -> str:
     """The resolved placement, one line per parameter and a last line with the totals, for the start of a run.
 
     Args:
+      rules: as for `shardings`, which also says what is raised.
       abstract_params: nested dicts of anything with a shape and a dtype.
-      placement: the `NamedSharding`s that `shardings` made for them.
+      mesh: what to place them on.
     """
+    placement = jax.tree.leaves(shardings(rules, abstract_params, mesh))
     leaves = jax.tree_util.tree_flatten_with_path(abstract_params)[0]
     rows, total, here = [("parameter", "shape", "dtype", "placement", "per device")], 0, 0
-    for (keypath, leaf), sharding in zip(leaves, jax.tree.leaves(placement), strict=True):
+    for (keypath, leaf), sharding in zip(leaves, placement, strict=True):
         size = leaf.dtype.itemsize
         part = math.prod(sharding.shard_shape(tuple(leaf.shape))) * size
         total, here = total + math.prod(leaf.shape) * size, here + part
         shape = "x".join(map(str, leaf.shape)) or "scalar"
         rows.append((path_of(keypath), shape, str(leaf.dtype), _show_sharding(sharding), _bytes(part)))
-    rows.append(("all", "", "", f"{_bytes(total)} in the whole", _bytes(here)))
+    rows.append(("all", "", "", f"{_bytes(total)} in all", _bytes(here)))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows)
 
