@@ -1,7 +1,7 @@
 """What to measure and what came out: the two ends of every evaluation."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -81,7 +81,7 @@ class EvalResult:
         }
 
 
-def benchmark_of(name: str, entry: Mapping[str, Any]) -> Benchmark:
+def benchmark_of(name: str, entry: Any) -> Benchmark:
     """The Benchmark that an entry of a recipe's `evals` describes."""
     return Benchmark(name=name, **{key: entry[key] for key in entry})
 
@@ -96,9 +96,7 @@ def select(source: Any, benchmark: Benchmark) -> list[int]:
         try:
             keep, exclude = re.compile(benchmark.keep), re.compile(benchmark.exclude or r"(?!)")
         except re.error as error:
-            raise DataError(
-                f"{benchmark.name}: keep={benchmark.keep!r}, exclude={benchmark.exclude!r}: {error}"
-            ) from None
+            raise DataError(f"{benchmark.name}: keep or exclude is no regular expression: {error}") from None
         indices = [i for i in indices if keep.search(key := _key(source, i)) and not exclude.search(key)]
     indices = list(indices[: benchmark.examples] if benchmark.examples else indices)
     if not indices:

@@ -1,0 +1,168 @@
+"""`python -m vlmjax.evaluate --model=runs/clip --benchmark=zeroshot --data='x-{00..03}.tar'`: score a model."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from vlmjax.errors import CheckpointError, DataError, UserError
+
+# Flags of this command alone, so that commands can be imported side by side.
+FLAGS = flags.FlagValues()
+
+
+def _string(name: str, default: str | None, text: str) -> None:
+    flags.DEFINE_string(name, default, text, flag_values=FLAGS)
+
+
+_string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Face folder or hub id.")
+flags.DEFINE_enum("benchmark", None, ("zeroshot", "retrieval"), "What to measure.", flag_values=FLAGS)
+_string(
+    "data",
+    None,
+    "Shards 'x-{00000..00003}.tar.gz', a table, a folder, or scenes:heldout; commas join several.",
+)
+_string(
+    "classes",
+    "",
+    "zeroshot: file of classes, 'name' or 'label<TAB>name' per line. Default: distinct captions.",
+)
+_string(
+    "templates", "", "zeroshot: plain, photo, drawing, a file with one template per line, or one template."
+)
+_string("out", "", "Also write the results to this json file.")
+_string("report", "", "Also write a report.html with what was found into this folder.")
+_string("keep", "", "Only records whose key this regular expression finds.")
+_string("exclude", "", "Not the records whose key this regular expression finds.")
+flags.DEFINE_integer("examples", 0, "Use the first this many records; 0 = all.", 0, flag_values=FLAGS)
+flags.DEFINE_integer("batch_size", 256, "Images and texts at a time, over all devices.", 1, flag_values=FLAGS)
+flags.DEFINE_bool(
+    "canonical", False, "Lower-case texts without punctuation, as SigLIP expects.", flag_values=FLAGS
+)
+
+
+def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
+    """Read a run or a Hugging Face folder: (model, params on every device, tokenizer, eval transform).
+
+    Raises:
+        CheckpointError: a folder that is neither.
+        DataError: a model that is no dual encoder of images and texts.
+    """
+    import jax
+
+    from vlmjax import hub
+    from vlmjax.export import load_workdir
+    from vlmjax.sharding.mesh import replicated
+
+    folder = Path(path)
+    is_run = "://" in path or (folder / "recipe.json").is_file()
+    if is_run and not (folder / "checkpoints").is_dir() and (folder / "hf" / "config.json").is_file():
+        is_run, path = False, str(folder / "hf")
+    if is_run:
+        model, params, tokenizer, transform = load_workdir(path)
+    elif folder.is_dir() and not (folder / "config.json").is_file():
+        raise CheckpointError(
+            f"--model={path}: neither a run (recipe.json) nor a Hugging Face folder (config.json)"
+        )
+    else:
+        model, params = hub.load(path)
+        tokenizer, transform = hub.load_processor(path)
+    for method in ("encode_image", "encode_text"):
+        if not hasattr(model, method):
+            raise DataError(f"--model={path}: {type(model).__name__} has no {method}; both towers are needed")
+    return model, jax.device_put(params, replicated(mesh)), tokenizer, transform
+
+
+def evaluate(options: flags.FlagValues) -> dict[str, Any]:
+    """Run the benchmark that the flags describe; returns what is written to `--out`."""
+    from vlmjax.evals.benchmark import Benchmark
+    from vlmjax.evals.runner import Evaluator
+    from vlmjax.evals.table import print_results
+    from vlmjax.sharding.distributed import initialize
+    from vlmjax.sharding.mesh import make_mesh
+
+    initialize()
+    import jax
+
+    fields = (
+        "benchmark",
+        "data",
+        "keep",
+        "exclude",
+        "examples",
+        "classes",
+        "templates",
+        "batch_size",
+        "canonical",
+    )
+    benchmark = Benchmark(name=options.benchmark, **{name: options[name].value for name in fields})
+    mesh = make_mesh()
+    model, params, tokenizer, transform = load_model(options.model, mesh)
+    result = Evaluator(benchmark, model, tokenizer, transform, mesh).run(params, details=bool(options.report))
+    row = {"model": options.model, "data": options.data, **result.to_json()}
+    if jax.process_index() == 0:
+        print_results([result], title=f"{options.model} on {options.data}")
+        if options.out:
+            _write(options.out, row)
+        if options.report:
+            from vlmjax.training import report
+
+            report.save_results(options.report, [result])
+            print(f"wrote {report.write_report(options.report)}")
+    return row
+
+
+def _write(path: str, row: dict[str, Any]) -> None:
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        with open(path, "w", encoding="utf-8") as file:
+            json.dump(row, file, indent=2)
+            file.write("\n")
+    except OSError as error:
+        raise UserError(
+            f"--out={path}: cannot be written ({error.strerror}); name a file you may write"
+        ) from None
+    print(f"wrote {path}")
+
+
+def parse(arguments: Sequence[str]) -> None:
+    """Read the flags before anything heavy is imported; `--help` and mistakes end the program here."""
+    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
+        print(__doc__ + FLAGS.get_help().partition(":")[2])
+        sys.exit(0)
+    try:
+        rest = FLAGS(list(arguments), known_only=False)
+        for name in ("model", "benchmark", "data"):
+            if not FLAGS[name].value:
+                raise flags.Error(f"--{name} is not given: {FLAGS[name].help}")
+        if len(rest) > 1:
+            raise flags.Error(
+                f"unexpected argument {rest[1]!r}: quote patterns, --data='x-{{00000..00003}}.tar'"
+            )
+    except flags.Error as error:
+        _stop(UserError(" ".join(str(error).split())))
+
+
+def _stop(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Evaluate; user errors end as one line and a documented exit code."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        evaluate(FLAGS)
+    except UserError as error:
+        logging.debug("stopped by", exc_info=True)
+        _stop(error)
+
+
+if __name__ == "__main__":
+    parse(sys.argv)
+    main()
