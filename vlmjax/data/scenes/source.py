@@ -1,0 +1,255 @@
+"""Scenes as a source of examples: `scene(...)` makes one, `Scenes(...)` is an endless set of them."""
+
+import dataclasses
+import difflib
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vlmjax.data.record import Record
+from vlmjax.data.scenes import draw, geometry, questions, words
+from vlmjax.data.scenes import vocabulary as v
+from vlmjax.data.scenes.questions import Question
+from vlmjax.data.scenes.world import World, make_world
+from vlmjax.errors import DataError
+
+VERSION = 1  # of the drawn world: raised whenever an index stops meaning the same scene
+LENGTH = 1_000_000  # nominal number of scenes in a split: the world does not end there
+SMALLEST_IMAGE = 16
+
+
+class Object(NamedTuple):
+    """One thing with its attributes; `box` is (left, top, right, bottom) and `centre` (x, y), in pixels."""
+
+    shape: str
+    colour: str
+    texture: str
+    size: str
+    direction: str
+    motion: str
+    group: int
+    box: tuple[float, float, float, float]
+    centre: tuple[float, float]
+
+
+class Point(NamedTuple):
+    """A request such as "point to the red stars" and the pixels (x, y) it means."""
+
+    query: str
+    points: tuple[tuple[float, float], ...]
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A world at one image size. Everything is worked out when it is first asked for."""
+
+    world: World
+    image_size: int
+
+    @functools.cached_property
+    def image(self) -> np.ndarray:
+        """The drawing: uint8 `[image_size, image_size, 3]`, RGB."""
+        return draw.render(self.world, self.image_size)
+
+    @functools.cached_property
+    def captions(self) -> tuple[str, ...]:
+        """Three to five true sentences, the most complete first, no two equal."""
+        return words.captions(self.world)
+
+    @functools.cached_property
+    def objects(self) -> tuple[Object, ...]:
+        """Every thing, group by group, the main group first."""
+        side = self.image_size
+        return tuple(
+            Object(
+                *(
+                    group.shape,
+                    group.colour,
+                    group.texture,
+                    group.size,
+                    group.direction,
+                    group.motion,
+                    number,
+                ),
+                box=tuple(edge * side for edge in geometry.thing_box(thing, group)),
+                centre=(thing.x * side, thing.y * side),
+            )
+            for number, group in enumerate(self.world.groups)
+            for thing in group.things
+        )
+
+    @property
+    def boxes(self) -> np.ndarray:
+        """Boxes of `objects`: float32 `[objects, 4]`, (left, top, right, bottom) in pixels."""
+        return np.array([thing.box for thing in self.objects], np.float32)
+
+    @functools.cached_property
+    def word_box(self) -> tuple[float, float, float, float] | None:
+        """Box of the card with the printed word, in pixels, or None."""
+        word = self.world.word
+        if word is None:
+            return None
+        width, height = draw.card_size(word, self.image_size)
+        x, y = word.x * self.image_size, word.y * self.image_size
+        return (x - width / 2, y - height / 2, x + width / 2, y + height / 2)
+
+    @functools.cached_property
+    def qa(self) -> tuple[Question, ...]:
+        """Questions with their answers: colour, shape, texture, size, count, exists, where, word, compare."""
+        return questions.questions(self.world)
+
+    @functools.cached_property
+    def points(self) -> tuple[Point, ...]:
+        """Requests to point to something, with centres in pixels."""
+        side = self.image_size
+        return tuple(
+            Point(query, tuple((x * side, y * side) for x, y in found))
+            for query, found in questions.pointings(self.world)
+        )
+
+    @property
+    def class_name(self) -> str:
+        """The main group as a class: "a red star"."""
+        return words.class_name(self.world.groups[0].shape, self.world.groups[0].colour)
+
+    def description(self) -> dict[str, Any]:
+        """The whole world as plain dicts, lists, strings and numbers, ready for JSON."""
+        return dataclasses.asdict(self.world)
+
+
+def scene(seed: int, i: int, split: str = "train", *, style: str = "simple", image_size: int = 64) -> Scene:
+    """Scene number `i`: a pure function of `(seed, i, split, style)`; `image_size` only scales the drawing.
+
+    Args:
+        seed: any integer.
+        i: number of the scene, 0 or more.
+        split: `train`, `val` (new scenes of the combinations in `train`) or `heldout` (the main thing is a
+            combination of shape and colour that the other two never show).
+        style: `single`, `simple` or `full`, see `Scenes`.
+        image_size: side in pixels.
+
+    Raises:
+        DataError: an unknown split or style, or an impossible number.
+    """
+    _check("split", split, v.SPLITS)
+    _check("style", style, v.STYLES)
+    if image_size < SMALLEST_IMAGE:
+        raise DataError(f"scenes: image_size is {image_size}, at least {SMALLEST_IMAGE} pixels are needed")
+    if i < 0:
+        raise DataError(f"scenes: scene number {i} is negative, the first one is 0")
+    return Scene(make_world(seed, i, split, style), image_size)
+
+
+def moved(of: Scene, t: float) -> Scene:
+    """The frame at time `t` (0 to 1) of a short film that starts with `of`.
+
+    Each group goes its own way, named by `Object.motion`; captions, boxes and answers follow.
+    """
+    return dataclasses.replace(of, world=geometry.moved(of.world, t))
+
+
+def _check(what: str, value: str, valid: tuple[str, ...]) -> None:
+    if value not in valid:
+        near = difflib.get_close_matches(value, valid, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "choose one of them"
+        raise DataError(f"scenes: unknown {what} {value!r}, expected one of {', '.join(valid)}; {hint}")
+
+
+@functools.cache
+def heldout_classes() -> tuple[str, ...]:
+    """The 36 held-out combinations as zero-shot classes ("a red star"); a record's `label` indexes them."""
+    return tuple(words.class_name(*pair) for pair in v.HELD_OUT_PAIRS)
+
+
+@functools.cache
+def seen_classes() -> tuple[str, ...]:
+    """The 108 combinations of `train` and `val` as classes; a record's `label` indexes them."""
+    return tuple(words.class_name(*pair) for pair in v.SEEN_PAIRS)
+
+
+class Scenes:
+    """A source of drawn scenes. `scenes[i]` depends on `(seed, i, split, style)` and is drawn when asked for."""
+
+    def __init__(
+        self,
+        split: str = "train",
+        seed: int = 0,
+        image_size: int = 64,
+        *,
+        style: str = "simple",
+        captions: int | None = None,
+        length: int = LENGTH,
+    ):
+        """Describe the set; nothing is drawn yet.
+
+        Args:
+            split: `train`, `val` or `heldout`.
+            seed: another seed is another world.
+            image_size: side in pixels.
+            style: `single` is one thing; `simple` one or two things of any texture and size, which is what a
+                small CLIP learns in minutes; `full` adds counts, up to four groups, printed words and things
+                inside things.
+            captions: keep the first so many captions of each scene, the most complete ones; None keeps all.
+            length: what `len()` says, the size of an epoch.
+
+        Raises:
+            DataError: an unknown split or style, or an impossible number.
+        """
+        if captions is not None and captions < 1:
+            raise DataError(f"scenes: captions is {captions}, expected at least 1 or None for all")
+        if length < 1:
+            raise DataError(f"scenes: length is {length}, expected at least 1")
+        scene(seed, 0, split, style=style, image_size=image_size)  # the remaining checks
+        self.split, self.seed, self.image_size, self.style = split, seed, image_size, style
+        self._captions, self._length = captions, length
+        self._labels = {name: k for k, name in enumerate(self.classes)}
+
+    @property
+    def name(self) -> str:
+        """What the source is called in logs: `scenes:train:simple`."""
+        return f"scenes:{self.split}:{self.style}"
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for sources that give equal records."""
+        kept = "all" if self._captions is None else self._captions
+        return f"{self.name}:v{VERSION}:seed{self.seed}:{self.image_size}px:captions-{kept}:{self._length}"
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The classes that `label` in a record's `extra` counts."""
+        return heldout_classes() if self.split == "heldout" else seen_classes()
+
+    def __len__(self) -> int:
+        """The nominal number of scenes."""
+        return self._length
+
+    def scene(self, i: int) -> Scene:
+        """Scene number `i` with everything known about it."""
+        return scene(self.seed, i, self.split, style=self.style, image_size=self.image_size)
+
+    def __getitem__(self, i: int) -> Record:
+        """Record number `i`; `extra` holds `label` and `class_name` of the main thing and the whole `scene`."""
+        if not 0 <= i < self._length:
+            raise IndexError(f"{self.name}: scene {i} of {self._length}")
+        one = self.scene(int(i))
+        extra = {"label": self._labels[one.class_name], "class_name": one.class_name, "scene": one}
+        return Record(f"{self.name}/{self.seed}/{i}", one.image, one.captions[: self._captions], extra)
+
+
+def open_scenes(spec: str, *, seed: int = 0, image_size: int = 64, **options: Any) -> Scenes:
+    """Open `scenes`, `scenes:heldout` or `scenes:train:full`; further options go to `Scenes`.
+
+    Raises:
+        DataError: the spec names no split or style.
+    """
+    name, *rest = spec.split(":")
+    if name != "scenes" or len(rest) > 2:
+        raise DataError(
+            f"{spec!r} is no set of scenes, expected scenes[:split[:style]] such as scenes:train:full"
+        )
+    return Scenes(
+        **dict(zip(("split", "style"), rest, strict=False)), seed=seed, image_size=image_size, **options
+    )
