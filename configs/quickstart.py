@@ -15,7 +15,7 @@ def get_config(arg=""):
     c.model.projection_dim = 128
 
     c.data.train = "scenes"
-    c.data.tokenizer = "bpe:512"
+    c.data.tokenizer = "bpe:1024"
     c.data.augment = config.Config({"crop_scale": (0.9, 1.0)})
 
     c.optimizer.learning_rate = 1e-3

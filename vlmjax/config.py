@@ -126,7 +126,6 @@ def recipe() -> Config:
     c.data.train = "scenes"  # shards, folder file, or "scenes"; comma-separated for several
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
     c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions
-    c.data.prompts = ("{}",)  # each caption is put into one of these, drawn per example
     c.data.background = (255, 255, 255)  # what shows through transparent pixels, RGB
     c.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP preprocessing
     c.data.std = (0.26862954, 0.26130258, 0.27577711)
@@ -178,8 +177,7 @@ def tiny(c: Config) -> Config:
     c.model.text.update({"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32})
     c.model.projection_dim = 32
     c.data.train = "scenes"
-    c.data.tokenizer = "bpe:512"
-    c.data.prompts = ("{}",)
+    c.data.tokenizer = "bpe:640"
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = duration(steps=10)
     c.optimizer.cooldown = duration()
@@ -401,14 +399,13 @@ def _in_range(value, low, high, where: str, closed: bool = False) -> None:
         raise RecipeError(f"{where}={value}: expected a number from {low} to {high}")
 
 
-def steps_of(value: Mapping, batch_size: int, examples: int | None, where: str) -> int | None:
+def steps_of(value: Mapping, batch_size: int, examples: int) -> int | None:
     """Translate a duration into optimizer steps, rounded to the nearest step and at least 1; None if not given.
 
     Args:
       value: a `duration`.
       batch_size: examples per step, global.
-      examples: records in one epoch, or None where the source never ends.
-      where: the key's name, for the error.
+      examples: records in one epoch.
     """
     if value["steps"] is not None:
         return value["steps"]
@@ -416,8 +413,6 @@ def steps_of(value: Mapping, batch_size: int, examples: int | None, where: str) 
         return _round_steps(value["examples"] / batch_size)
     if value["epochs"] is None:
         return None
-    if examples is None:
-        raise RecipeError(f"config.{where}.epochs={value['epochs']}: this source never ends; give steps or examples")
     return _round_steps(value["epochs"] * examples / batch_size)
 
 

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vlmjax.config import Config, check_overrides, validate
@@ -57,6 +58,8 @@ def main(arguments: Sequence[str]) -> None:
             raise RecipeError(f"unexpected argument {arguments[1]!r}: values are given as --config.key=value")
         recipe = checked_recipe()
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+        if not flags.FLAGS["verbosity"].present:
+            absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every detail at INFO
         from vlmjax.training.loop import train
 
         train(recipe, _WORKDIR.value, profile=_PROFILE.value)

@@ -2,26 +2,33 @@
 
 import dataclasses
 import json
+import math
+import os
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from flax import traverse_util
 
 from vlmjax.data import bpe, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.sources import Source
-from vlmjax.errors import RecipeError
+from vlmjax.errors import BadRecord, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
+from vlmjax.ops.resize import resize_positions
 from vlmjax.training.workdir import Workdir
 
 # Captions read to train a "bpe:N" tokenizer; more change its merges little.
 BPE_CAPTIONS = 20_000
+SMALLEST_BPE = 514  # 2 x 256 bytes and two special tokens
 
 
 def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:
@@ -33,27 +40,35 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
     if folder.is_dir():
         return text.load(str(folder), length)
     name = recipe.data.tokenizer or recipe.init_from
+    partial = workdir.path("tokenizer.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     if not name.startswith("bpe:"):
-        tokenizer = text.load(name, length)
+        text.load(name, length).save(str(partial))
     else:
         size = name.removeprefix("bpe:")
-        if not size.isdigit():
-            raise RecipeError(f"config.data.tokenizer={name!r}: expected 'bpe:' and a number of tokens, as 'bpe:1024'")
-        prompts = recipe.data.prompts
-        records = (source[i] for i in range(min(len(source), BPE_CAPTIONS)))
-        captions = (prompt.format(caption) for r in records for caption in r.captions for prompt in prompts)
-        partial = workdir.path("tokenizer.partial")
-        bpe.train_bpe(captions, int(size), str(partial))
-        tokenizer = text.load(str(partial), length)
-    partial = workdir.path("tokenizer.partial")
-    tokenizer.save(str(partial))
-    shutil.move(str(partial), str(folder))
+        if not size.isdigit() or int(size) < SMALLEST_BPE:
+            raise RecipeError(
+                f"config.data.tokenizer={name!r}: expected 'bpe:' and a number of tokens from {SMALLEST_BPE}, as 'bpe:1024'"
+            )
+        with tempfile.TemporaryDirectory() as trained:
+            bpe.train_bpe(_captions(source), int(size), trained, model_max_length=length)
+            text.load(trained, length).save(str(partial))
+    os.replace(partial, folder)
     return text.load(str(folder), length)
+
+
+def _captions(source: Source) -> Iterator[str]:
+    """Captions of the first records; an unreadable record has none."""
+    for i in range(min(len(source), BPE_CAPTIONS)):
+        try:
+            yield from source[i].captions
+        except BadRecord:
+            continue
 
 
 def train_transform(recipe: Any, image_size: tuple[int, int]) -> TrainTransform:
     """Random crops and colours of the recipe, ending at the model's image size."""
-    return TrainTransform(image_size, recipe.data.augment.to_dict(), background=tuple(recipe.data.background))
+    return TrainTransform(image_size, recipe.data.augment, background=tuple(recipe.data.background))
 
 
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
@@ -61,7 +76,7 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     return EvalTransform(min(image_size), image_size, mean=tuple(recipe.data.mean), std=tuple(recipe.data.std))
 
 
-def make_model(recipe: Any, tokenizer: text.Tokenizer, mesh: Any, rules: Any) -> tuple[Clip, Any]:
+def make_model(recipe: Any, tokenizer: text.Tokenizer) -> tuple[Clip, Any]:
     """The model of a recipe and its imported parameters (None where it starts from random numbers).
 
     With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
@@ -77,9 +92,22 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer, mesh: Any, rules: Any) ->
             f"config.init_from={recipe.init_from!r} holds a {type(model).__name__}; stage 'contrastive' needs a dual "
             "encoder (CLIPModel or VisionTextDualEncoderModel)"
         )
-    config = _with_compute(model.config, recipe)
-    _check_vocabulary(config.text.vocab_size, tokenizer, recipe.init_from)
+    config, params = _resized(_with_compute(model.config, recipe), params, recipe.model.image.image_size)
+    _check_vocabulary(config.text.vocab_size, tokenizer, recipe.data.tokenizer or recipe.init_from)
     return Clip(config), params
+
+
+def _resized(config: ClipConfig, params: Any, size: int) -> tuple[ClipConfig, Any]:
+    """The model at another image size: its position embeddings resampled to the new grid, once and for all."""
+    if config.image.image_size == size:
+        return config, params
+    image = dataclasses.replace(config.image, image_size=size)
+    if size % image.patch_size:
+        raise RecipeError(f"config.model.image.image_size={size} is not a multiple of the model's patch_size={image.patch_size}")
+    flat = traverse_util.flatten_dict(params, sep="/")
+    name = "vision_model/embeddings/position_embedding"
+    flat[name] = resize_positions(jnp.asarray(flat[name]), config.image.grid, image.grid)
+    return dataclasses.replace(config, image=image), traverse_util.unflatten_dict(flat, sep="/")
 
 
 def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
@@ -104,8 +132,6 @@ def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
             **size,
             **compute,
         )
-    import math
-
     return ClipConfig(
         image=VitConfig(**image.to_dict(), **compute),
         text=tower,
@@ -150,12 +176,6 @@ def model_from_json(value: Mapping[str, Any]) -> Clip:
     if isinstance(image["image_size"], list):
         image["image_size"] = tuple(image["image_size"])
     return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
-
-
-def image_size(model: Clip) -> tuple[int, int]:
-    """(height, width) in pixels that a model is trained on."""
-    size = model.config.image.image_size
-    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def read_json(path: Path) -> Any:

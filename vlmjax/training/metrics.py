@@ -122,7 +122,7 @@ class ProgressBar:
             self._bar = Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TextColumn(columns[2]), TimeRemainingColumn(), console=self._console)
             self._task = self._bar.add_task("", total=total, completed=start, text="compiling")
             self._bar.start()
-        self._begin, self._first = time.perf_counter(), start
+        self._begin: tuple[float, int] | None = None
 
     def step(self, step: int) -> None:
         """Move the bar to `step`."""
@@ -139,8 +139,16 @@ class ProgressBar:
         if self._bar:
             self._bar.update(self._task, completed=step, text=text)
         elif self._shown:
-            left = (time.perf_counter() - self._begin) / max(step - self._first, 1) * (self._total - step)
-            print(f"step {step}/{self._total}  {text}  ETA {_hms(left)}", flush=True)
+            print(f"step {step}/{self._total}  {text}  ETA {self._left(step)}", flush=True)
+
+    def _left(self, step: int) -> str:
+        """Time to the end at the speed since the first report, which leaves the compilation out."""
+        now = time.perf_counter()
+        if self._begin is None:
+            self._begin = (now, step)
+            return "-"
+        since, first = self._begin
+        return _hms((now - since) / max(step - first, 1) * (self._total - step))
 
     def close(self) -> None:
         """Leave the bar as it stands."""

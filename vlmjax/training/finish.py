@@ -1,0 +1,103 @@
+"""What a run leaves beside its checkpoints: evaluations, what the report shows, the report and the export."""
+
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+import vlmjax
+from vlmjax.evals.benchmark import EvalResult, benchmark_of
+from vlmjax.evals.embed import Embedder
+from vlmjax.evals.runner import Evaluator
+from vlmjax.evals.table import print_results
+from vlmjax.training import build
+from vlmjax.training.report import save_result, write_report
+from vlmjax.training.state import TrainState, merge
+from vlmjax.training.workdir import Workdir
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "transformers")
+
+
+class Evaluations:
+    """The evaluations of a recipe, their sources opened and towers compiled once for all of them."""
+
+    def __init__(self, recipe: Any, model: Any, tokenizer: Any, mesh: Mesh, workdir: Workdir):
+        """Open every entry of `recipe.evals` that names data; raises DataError before any training."""
+        transform = build.eval_transform(recipe, model.config.image.image_shape)
+        embedder = Embedder(model, tokenizer, transform, mesh)
+        background = tuple(recipe.data.background)
+        self._workdir = workdir
+        self._evaluators = []
+        for name, entry in recipe.evals.items():
+            if entry.data:
+                batch = entry.batch_size or min(recipe.batch_size, 256)
+                benchmark = benchmark_of(name, {**entry.to_dict(), "batch_size": batch})
+                self._evaluators.append(
+                    Evaluator(benchmark, model, tokenizer, transform, mesh, embedder=embedder, background=background)
+                )
+        self.results: list[EvalResult] = []
+
+    def run(self, state: TrainState) -> dict[str, float]:
+        """Score a state (its averaged parameters where it has them); metrics as `eval/<name>/<metric>`."""
+        params = evaluated(state)
+        self.results = [evaluator.run(params) for evaluator in self._evaluators]
+        if self._workdir.writer:
+            for result in self.results:
+                save_result(self._workdir.local, result)
+        return {key: value for result in self.results for key, value in result.row().items()}
+
+
+def evaluated(state: TrainState) -> Any:
+    """The parameters that are evaluated and exported: the moving average where the recipe keeps one."""
+    return merge(state.ema or state.params, state.frozen)
+
+
+def describe(workdir: Workdir, recipe: Any, model: Any, mesh: Mesh) -> None:
+    """Write recipe.json, model.json and environment.json, which make the folder readable by itself."""
+    workdir.write_json("recipe.json", recipe.to_dict())
+    workdir.write_json("model.json", build.model_to_json(model.config))
+    versions = {"vlmjax": vlmjax.__version__, **{name: metadata.version(name) for name in PACKAGES}}
+    device = jax.devices()[0]
+    environment = {
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "processes": jax.process_count(),
+        "mesh": dict(mesh.shape),
+        "packages": versions,
+    }
+    workdir.write_json("environment.json", environment)
+
+
+def finish(
+    recipe: Any, workdir: Workdir, model: Any, state: TrainState, tokenizer: Any, evaluations: Evaluations
+) -> None:
+    """End a run: the table of results, the report, the Hugging Face folder."""
+    if recipe.export:
+        export_params = jax.tree.map(_whole, evaluated(state))
+    if not workdir.writer:
+        return
+    if evaluations.results:
+        print_results(evaluations.results)
+    write_report(workdir.local)
+    print(f"report      {workdir.path('report.html')}")
+    if recipe.export:
+        from vlmjax import hub
+
+        transform = build.eval_transform(recipe, model.config.image.image_shape)
+        hub.save(model, export_params, workdir.path("hf"), tokenizer=tokenizer, image_processor=transform)
+        print(f"export      {workdir.path('hf')}")
+    workdir.sync()
+
+
+def _whole(array: jax.Array) -> np.ndarray:
+    """A parameter on the host, gathered from every process."""
+    if not array.is_fully_addressable:
+        mesh = array.sharding.mesh
+        array = jax.jit(jnp.copy, out_shardings=NamedSharding(mesh, PartitionSpec()))(array)
+    return np.asarray(array.addressable_data(0)) if not array.is_fully_addressable else np.asarray(array)

@@ -1,0 +1,173 @@
+"""The training loop: read `train` from top to bottom to know when everything happens."""
+
+import contextlib
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from vlmjax.data.pipeline import TrainData
+from vlmjax.data.sources import open_source
+from vlmjax.errors import NonFiniteError
+from vlmjax.models import flops
+from vlmjax.sharding import distributed
+from vlmjax.sharding.mesh import check_batch_size, local_rows, make_mesh, to_global
+from vlmjax.stages.contrastive import Contrastive
+from vlmjax.training import build, finish
+from vlmjax.training.checkpoint import Checkpoints
+from vlmjax.training.durations import Durations
+from vlmjax.training.metrics import Clock, MetricsLog, ProgressBar
+from vlmjax.training.optimizer import make_optimizer, make_schedule
+from vlmjax.training.report import write_report
+from vlmjax.training.start import announce, start_state
+from vlmjax.training.step import make_train_step
+from vlmjax.training.workdir import Workdir
+
+STAGES = {"contrastive": Contrastive}
+
+
+def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, float]:
+    """Run a validated recipe in a work folder, continuing what is there; returns the last evaluation's metrics.
+
+    Raises:
+      UserError: see vlmjax/errors.py; NonFiniteError leaves `nonfinite-STEP.json` with the examples of the batch.
+    """
+    # Set-up: devices, data, model
+    distributed.initialize()
+    first = jax.process_index() == 0
+    mesh = make_mesh(**recipe.mesh.to_dict())
+    check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
+    folder = Workdir(workdir, writer=first)
+    source = open_source(recipe.data.train, seed=recipe.seed, image_size=recipe.model.image.image_size, exclude=recipe.data.exclude or None)
+    lengths = Durations(recipe, source)
+    tokenizer = build.make_tokenizer(recipe, source, folder)
+    model, imported = build.make_model(recipe, tokenizer)
+    stage = STAGES[recipe.stage](recipe, model, mesh)
+    schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
+    checkpoints = Checkpoints(
+        folder.checkpoints,
+        keep_last=recipe.checkpoint.keep_last,
+        keep_best=recipe.checkpoint.keep_best,
+        best_metric=recipe.checkpoint.best_metric,
+    )
+
+    # State: random, imported or continued, every array born in its place on the mesh
+    def optimizer_of(params):
+        return make_optimizer(recipe.optimizer, schedule, params)
+
+    state, data_state, optimizer = start_state(recipe, model, imported, optimizer_of, mesh, checkpoints)
+    data = TrainData(
+        source,
+        build.train_transform(recipe, model.config.image.image_shape),
+        tokenizer,
+        batch_size=recipe.batch_size,
+        rows=local_rows(mesh, recipe.batch_size),
+        seed=recipe.seed,
+        threads=recipe.data.threads or None,
+        max_bad_share=recipe.data.max_bad_share,
+        background=tuple(recipe.data.background),
+        cache_decoded=recipe.data.cache_decoded or None,
+    )
+    if data_state:
+        data.restore(data_state)
+    start = data.step
+    step_function = make_train_step(
+        stage, optimizer, schedule, mesh, seed=recipe.seed, micro_batches=recipe.micro_batches, ema_decay=recipe.ema.decay
+    )
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    step_function = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
+    evaluations = finish.Evaluations(recipe, model, tokenizer, mesh, folder)
+    if first:
+        finish.describe(folder, recipe, model, mesh)
+        announce(recipe, state, mesh, lengths, start, source.name)
+    log = MetricsLog(folder, start)
+    clock = Clock(recipe.batch_size, 3 * flops.forward_flops(model.config, recipe.batch_size))
+    bar = ProgressBar(start, lengths.total, shown=first)
+    recent: deque = deque(maxlen=2)
+    pending: tuple[int, Any] | None = None
+    results: dict[str, float] = {}
+
+    # Loop. The metrics of a step are fetched after the next one has been started, so the device never waits for them.
+    try:
+        for step in range(start + 1, lengths.total + 1):
+            asked = time.perf_counter()
+            batch = next(data)
+            clock.step(time.perf_counter() - asked)
+            recent.append((step, batch.pop("key")))
+            batch = to_global(batch, mesh, recipe.batch_size)
+            with jax.transfer_guard("disallow"), _trace(profile and step == start + 5, folder):
+                state, metrics = step_function(state, batch)
+            if pending:
+                _check(pending, recent, folder)
+            pending = (step, metrics)
+            if step == start + 1:
+                jax.block_until_ready(metrics)  # compilation is over; rates begin here
+                clock.restart()
+            if step % recipe.log_every == 0 or step in (start + 1, lengths.total):
+                row = {**_row(_check(pending, recent, folder)), **clock.read(), **_skips(data)}
+                log.write(step, {**row, "examples": step * recipe.batch_size})
+                bar.report(step, row)
+                clock.restart()
+            bar.step(step)
+            last = step == lengths.total
+            if lengths.due("eval", step) or last:
+                _check(pending, recent, folder)
+                results = evaluations.run(state)
+                log.write(step, results)
+            if lengths.due("checkpoint", step) or last:
+                _check(pending, recent, folder)
+                checkpoints.save(step, state, data.state, results)
+            if (lengths.due("eval", step) or lengths.due("report", step)) and not last and first:
+                write_report(folder.local)
+                folder.sync()
+            if lengths.due("eval", step) or lengths.due("checkpoint", step):
+                clock.restart()
+    finally:
+        bar.close()
+        log.close()
+        data.close()
+    checkpoints.close()
+    finish.finish(recipe, folder, model, state, tokenizer, evaluations)
+    return results
+
+
+def _check(pending: tuple[int, Any], recent: deque, folder: Workdir) -> Mapping[str, Any]:
+    """The metrics of a started step, fetched; raise where it was not finite (the state was left as it was)."""
+    step, metrics = pending
+    metrics = jax.device_get(metrics)
+    if metrics["finite"]:
+        return metrics
+    groups = sorted(name for name, ok in metrics["finite_groups"].items() if not ok)
+    keys = next((list(map(str, keys)) for number, keys in recent if number == step), [])
+    name = f"nonfinite-{step}" + (f"-p{jax.process_index()}" if jax.process_count() > 1 else "") + ".json"
+    record = {"step": step, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"]), "groups": groups}
+    folder.write_json(name, {**record, "keys": keys})
+    folder.sync()
+    raise NonFiniteError(
+        f"step {step}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} are not finite "
+        f"(parameter groups: {', '.join(groups) or 'none, the loss alone'}); the examples of the batch are in "
+        f"{folder.path(name)}. Lower optimizer.learning_rate, set optimizer.clip_norm, or exclude those records."
+    )
+
+
+def _skips(data: TrainData) -> dict[str, int]:
+    """Corrupt records so far on this process: all of them, and by reason."""
+    by_reason = {f"skipped/{reason}": count for reason, count in sorted(data.skips.by_reason.items())}
+    return {"skipped": data.skips.skipped, **by_reason}
+
+
+@contextlib.contextmanager
+def _trace(active: bool, folder: Workdir) -> Iterator[None]:
+    """A profiler trace of what runs inside, in workdir/profile, for TensorBoard or Perfetto."""
+    if not active:
+        yield
+        return
+    with jax.profiler.trace(str(folder.path("profile")), create_perfetto_trace=False):
+        yield
+
+
+def _row(metrics: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: np.asarray(v).item() for k, v in metrics.items() if k not in ("finite", "finite_groups")}

@@ -1,0 +1,176 @@
+"""Small line charts as SVG text: axes with round numbers, gaps at NaN, colours that follow the page's theme."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+
+Series = Mapping[str, Sequence[tuple[float, float]]]
+
+WIDTH, HEIGHT = 460, 230
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28
+MOST_POINTS = 320
+
+
+def line_chart(
+    series: Series,
+    *,
+    percent: bool = False,
+    baselines: Mapping[str, float] | None = None,
+    smooth: bool = True,
+) -> str:
+    """One chart as an `<svg>`.
+
+    Args:
+        series: name -> (x, y) in order of x; a y that is not finite leaves a gap and a mark on the axis.
+        percent: show y as a percentage, from 0.
+        baselines: name -> y of a dashed line of the same colour (chance).
+        smooth: draw a moving average over a faint line where there are many points.
+    """
+    points = [p for line in series.values() for p in line]
+    good = [y for _, y in points if math.isfinite(y)]
+    if not good:
+        return '<p class="none">no finite value yet</p>'
+    marks = [y for y in (baselines or {}).values() if math.isfinite(y)]
+    log = not percent and log_scale(good)
+    low, high, ticks = _axis(good + ([] if log else marks), percent, log)
+    xs = [x for x, _ in points]
+    x_low, x_high = min(xs), max(xs)
+
+    def place_x(x: float) -> float:
+        share = 0.5 if x_high == x_low else (x - x_low) / (x_high - x_low)
+        return LEFT + share * (WIDTH - LEFT - RIGHT)
+
+    def place_y(y: float) -> float:
+        a, b, c = (math.log10(v) for v in (low, high, y)) if log else (low, high, y)
+        return HEIGHT - BOTTOM - (c - a) / (b - a) * (HEIGHT - TOP - BOTTOM)
+
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
+    for tick in ticks:
+        y = place_y(tick)
+        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{_label(tick, percent)}</text>')
+    for tick in _x_ticks(x_low, x_high):
+        x = place_x(tick)
+        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 9}" text-anchor="middle">{short(tick)}</text>')
+    base = HEIGHT - BOTTOM
+    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    for number, (name, line) in enumerate(series.items()):
+        colour = f"c{number % 6}"
+        mark = (baselines or {}).get(name)
+        if mark is not None and math.isfinite(mark) and low <= mark <= high:
+            y = place_y(mark)
+            parts.append(f'<line class="chance {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        many = smooth and len(line) > 60
+        parts += _polylines(thin(line), place_x, place_y, f"{colour} faint" if many else colour)
+        if many:
+            parts += _polylines(thin(moving_average(line)), place_x, place_y, colour)
+        if len(line) <= 40:
+            parts += [
+                f'<circle class="{colour}" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="2.6">'
+                f"<title>{html.escape(name)}, step {short(x)}: {_label(y, percent, exact=True)}</title></circle>"
+                for x, y in line
+                if math.isfinite(y)
+            ]
+        for x in [x for x, y in line if not math.isfinite(y)][:20]:
+            parts.append(f'<path class="broken" d="M{place_x(x):.1f} {base}l-4 7h8z"><title>not finite</title></path>')
+    return "".join([*parts, "</svg>"])
+
+
+def _polylines(line: Sequence[tuple[float, float]], place_x, place_y, classes: str) -> list[str]:
+    """The line in pieces, cut where a value is not finite."""
+    pieces: list[list[str]] = [[]]
+    for x, y in line:
+        if math.isfinite(y):
+            pieces[-1].append(f"{place_x(x):.1f},{place_y(y):.1f}")
+        elif pieces[-1]:
+            pieces.append([])
+    return [f'<polyline class="line {classes}" points="{" ".join(piece)}"/>' for piece in pieces if len(piece) > 1]
+
+
+def log_scale(values: Sequence[float]) -> bool:
+    """Whether a logarithmic axis shows these values better: all positive, and spread over more than 1 : 30."""
+    return min(values) > 0 and max(values) / min(values) > 30
+
+
+def thin(line: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """At most about `most` points: of each stretch the lowest and the highest, so that spikes stay visible."""
+    if len(line) <= most:
+        return list(line)
+    size = math.ceil(2 * len(line) / most)
+    out = []
+    for start in range(0, len(line), size):
+        stretch = line[start : start + size]
+        finite = [p for p in stretch if math.isfinite(p[1])]
+        chosen = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else {stretch[0]}
+        out += sorted(chosen | {p for p in stretch if not math.isfinite(p[1])})
+    return out
+
+
+def moving_average(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Mean over a centred window of a fortieth of the line; values that are not finite are left out."""
+    half = max(2, len(line) // 80)
+    out = []
+    for place, (x, y) in enumerate(line):
+        window = [v for _, v in line[max(0, place - half) : place + half + 1] if math.isfinite(v)]
+        out.append((x, sum(window) / len(window) if window and math.isfinite(y) else math.nan))
+    return out
+
+
+def _axis(values: Sequence[float], percent: bool, log: bool) -> tuple[float, float, list[float]]:
+    low, high = min(values), max(values)
+    if log:
+        first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+        every = max(1, math.ceil((last - first) / 5))
+        ticks = [10.0**e for e in range(first, last + 1, every)]
+        return low / 1.15, high * 1.15, [t for t in ticks if low / 1.15 <= t <= high * 1.15] or [low, high]
+    if percent or (low >= 0 and low < 0.4 * high):
+        low = min(0.0, low)
+    if percent:
+        high = min(max(high * 1.08, 1e-3), max(1.0, high))
+    if high == low:
+        room = abs(high) * 0.1 or 1.0
+        low, high = low - room, high + room
+    step = nice_step((high - low) / 4)
+    low, high = math.floor(low / step + 1e-9) * step, max(high, low + step)
+    if not percent or high < 0.97:
+        high = math.ceil(high / step - 1e-9) * step
+    ticks = [low + i * step for i in range(int((high - low) / step + 1e-6) + 1)]
+    return low, high, ticks
+
+
+def _x_ticks(low: float, high: float) -> list[float]:
+    if low == high:
+        return [low]
+    step = max(1.0, nice_step((high - low) / 5))
+    first = math.ceil(low / step)
+    return [i * step for i in range(first, int(high // step) + 1)]
+
+
+def nice_step(rough: float) -> float:
+    """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
+
+
+def _label(value: float, percent: bool, *, exact: bool = False) -> str:
+    if not percent:
+        return short(value)
+    digits = 2 if exact and abs(value) < 0.1 else 1 if exact or 0 < abs(value) < 0.01 else 0
+    shown = f"{value * 100:.{digits}f}"
+    return f"{shown if float(shown) == round(value * 100, 9) or exact else f'{value * 100:.3g}'}%"
+
+
+def short(value: float) -> str:
+    """A number in few characters: 0.0005 -> 5e-4, 1234567 -> 1.23M, 0.25 -> 0.25."""
+    if not math.isfinite(value):
+        return str(value)
+    size = abs(value)
+    if size == 0:
+        return "0"
+    if size < 1e-3:
+        mantissa, exponent = f"{value:.2e}".split("e")
+        return f"{float(mantissa):g}e{int(exponent)}"
+    for limit, divisor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if size >= limit:
+            return f"{value / divisor:.3g}{unit}"
+    return f"{value:,.0f}" if size >= 1000 else f"{value:.4g}" if size >= 100 else f"{value:.3g}"

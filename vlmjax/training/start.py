@@ -1,0 +1,81 @@
+"""How a run begins: the first or the continued state, and what is told about it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vlmjax.sharding.rules import format_table, shardings
+from vlmjax.training.checkpoint import Checkpoints
+from vlmjax.training.durations import Durations
+from vlmjax.training.state import TrainState, count, make_state, merge, split, state_shardings
+
+Tree = Any
+
+
+def start_state(
+    recipe: Any,
+    model: Any,
+    imported: Tree | None,
+    optimizer_of: Callable[[Tree], optax.GradientTransformation],
+    mesh: Mesh,
+    checkpoints: Checkpoints,
+) -> tuple[TrainState, dict[str, Any], optax.GradientTransformation]:
+    """The state a run goes on from: its newest checkpoint, imported parameters, or random ones.
+
+    Nothing is ever whole on one device: random numbers are drawn by a program compiled with its output shardings,
+    imported and restored arrays are placed slice by slice.
+
+    Returns:
+      (state, data position of the checkpoint or {}, optimizer).
+    """
+    shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
+    trainable, _ = split(shapes, recipe.frozen)
+    optimizer = optimizer_of(trainable)
+
+    def make(params: Tree) -> TrainState:
+        return make_state(params, recipe.frozen, optimizer, bool(recipe.ema.decay))
+
+    abstract = jax.eval_shape(make, shapes)
+    places = state_shardings(abstract, recipe.sharding, mesh)
+    step = checkpoints.latest()
+    if step is not None:
+        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+        state, data = checkpoints.restore(step, target)
+        return state, data, optimizer
+    if imported is None:
+        return jax.jit(lambda: make(init_params(model, recipe.seed)), out_shardings=places)(), {}, optimizer
+    imported = jax.tree.map(place, imported, shardings(recipe.sharding, shapes, mesh))
+    return jax.jit(make, out_shardings=places)(imported), {}, optimizer
+
+
+def init_params(model: Any, seed: int) -> Tree:
+    """Random fp32 parameters of a dual encoder, a function of the seed alone."""
+    config = model.config
+    size = config.image.image_size
+    height, width = (size, size) if isinstance(size, int) else size
+    pixels = np.zeros((1, height, width, 3), np.float32)
+    ids = np.zeros((1, config.text.max_length), np.int32)
+    return model.init(jax.random.key(seed), pixels, ids, attention_mask=np.ones_like(ids))["params"]
+
+
+def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
+    """A host array on the mesh; each device is given its slice alone."""
+    array = np.asarray(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def announce(recipe: Any, state: TrainState, mesh: Mesh, lengths: Durations, start: int, source_name: str) -> None:
+    """Print what is about to run: devices, data, parameters and where each of them lives."""
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
+    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
+    epoch = "endless" if lengths.epoch is None else f"{lengths.epoch:,} records"
+    print(f"devices     {devices}; mesh {axes}")
+    print(f"data        {source_name}: {epoch}; batch {recipe.batch_size}")
+    trainable, frozen = count(state.params), count(state.frozen)
+    print(f"parameters  {trainable + frozen:,} ({trainable:,} trained, {frozen:,} frozen)")
+    print(f"steps       {start} to {lengths.total}" + (" (continued)" if start else ""))
+    print(format_table(recipe.sharding, merge(state.params, state.frozen), mesh), flush=True)
