@@ -14,7 +14,7 @@ README = re.sub(r"<!--.*?-->", "", (ROOT / "README.md").read_text())
 
 
 def imported_packages() -> set[str]:
-    """Top-level names that vlmjax imports, inside functions too, but for its own and the standard library's."""
+    """Top-level names that vlmjax imports, inside functions too; not its own or Python's."""
     names = set()
     for path in (ROOT / "vlmjax").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
