@@ -1,0 +1,46 @@
+"""How many floating-point operations a forward pass needs, for reporting utilisation (MFU)."""
+
+import math
+
+from vlmjax.models.bert import BertConfig
+from vlmjax.models.clip import ClipConfig
+from vlmjax.models.text import TextConfig
+from vlmjax.models.vit import VitConfig
+
+
+def forward_flops(
+    config: ClipConfig | VitConfig | TextConfig | BertConfig,
+    batch: int,
+    *,
+    text_length: int | None = None,
+    train: bool = False,
+) -> int:
+    """Count the operations of a forward pass's matrix products over `batch` examples, two per multiply-add.
+
+    A block of width W over T tokens: 8 T W^2 (q, k, v, out) + 4 T W M (MLP of M) + 4 T^2 W (scores and
+    mixing; a causal mask is not deducted, since the products are computed in full). Patches add
+    2 N (3 p^2) W, BERT's pooler 2 W^2, each projection 2 W P, and the logits 2 batch^2 P for the whole
+    global batch, counted once although both directions of a sharded loss may compute them. Norms,
+    activations and softmax are not counted. A training step is three times this; recomputation under remat
+    is not model work and must not be added.
+
+    `text_length` is the number of tokens per text (config.max_length unless given); `train` takes patch
+    dropout into account.
+    """
+    if isinstance(config, ClipConfig):
+        towers = forward_flops(config.image, batch, train=train)
+        towers += forward_flops(config.text, batch, text_length=text_length, train=train)
+        projections = 2 * batch * (config.image.width + config.text.width) * config.projection_dim
+        return towers + projections + 2 * batch**2 * config.projection_dim
+    if isinstance(config, VitConfig):
+        patches = math.prod(config.grid)
+        embed = 2 * patches * 3 * config.patch_size**2 * config.width
+        tokens = 1 + (config.kept_patches if train else patches)
+        return batch * (embed + _blocks(config, tokens))
+    pooler = 2 * config.width**2 if isinstance(config, BertConfig) else 0
+    return batch * (pooler + _blocks(config, text_length or config.max_length))
+
+
+def _blocks(config: VitConfig | TextConfig | BertConfig, tokens: int) -> int:
+    per_token = 8 * config.width**2 + 4 * config.width * config.mlp_dim + 4 * tokens * config.width
+    return config.depth * tokens * per_token

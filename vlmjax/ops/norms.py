@@ -1,0 +1,31 @@
+"""Normalisation, always computed in float32."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def layer_norm(
+    x: Float[Array, "*batch width"],
+    scale: Float[Array, " width"],
+    bias: Float[Array, " width"],
+    eps: float,
+) -> Float[Array, "*batch width"]:
+    """Centre and scale the last axis (Ba et al. 2016) in float32; the result is float32.
+
+    The variance is the mean of squared deviations: E[x^2] - E[x]^2 is one pass, but loses all digits where
+    the mean is large beside the spread, as it is in some channels of a trained transformer.
+    """
+    shape = (1,) * (x.ndim - 1) + scale.shape
+    x = x.astype(jnp.float32)
+    centred = x - x.mean(axis=-1, keepdims=True)
+    variance = jnp.square(centred).mean(axis=-1, keepdims=True)
+    return centred * jax.lax.rsqrt(variance + eps) * scale.reshape(shape) + bias.reshape(shape)
+
+
+def l2_normalize(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+    """Divide by the Euclidean length of the last axis, in float32. A vector of zeros stays zeros."""
+    x = x.astype(jnp.float32)
+    squared = jnp.square(x).sum(axis=-1, keepdims=True)
+    # The floor is far below any real embedding; it only keeps 0/0 and its gradient away from empty rows.
+    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-30))
