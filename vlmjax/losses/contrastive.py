@@ -71,7 +71,7 @@ def info_nce(
     mesh: Mesh | None = None,
     valid: Bool[Array, " batch"] | None = None,
     positive_ids: UInt32[Array, " batch"] | None = None,
-    label_smoothing: float = 0.0,
+    label_smoothing: float | int = 0.0,
     teacher: Teacher | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Symmetric cross-entropy between images and texts over the global batch.
@@ -130,7 +130,7 @@ def _side(embeds: Array, teacher: Array | None, ids: Array, valid: Array) -> _Si
 
 
 def _device_loss(
-    images: _Side, texts: _Side, scalars: _Scalars, *, label_smoothing: float, axes: tuple[str, ...]
+    images: _Side, texts: _Side, scalars: _Scalars, *, label_smoothing: float | int, axes: tuple[str, ...]
 ) -> tuple[Array, dict[str, Array]]:
     """Both directions for the rows of this device against the keys of all; the sums go over `axes`."""
     image_loss, image_right = _direction(images, _gather(texts, axes), scalars, label_smoothing)
@@ -149,7 +149,9 @@ def _gather(side: _Side, axes: tuple[str, ...]) -> _Side:
     return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), side)
 
 
-def _direction(queries: _Side, keys: _Side, scalars: _Scalars, label_smoothing: float) -> tuple[Array, Array]:
+def _direction(
+    queries: _Side, keys: _Side, scalars: _Scalars, label_smoothing: float | int
+) -> tuple[Array, Array]:
     """Sum over the valid queries of their loss, and how many found a positive first."""
     tile = _tile_statistics(queries, keys, scalars)
     losses = _query_losses(tile, scalars, label_smoothing)
@@ -207,7 +209,7 @@ def _tile_statistics(queries: _Side, keys: _Side, scalars: _Scalars) -> _TileSta
 
 
 def _query_losses(
-    tile: _TileStatistics, scalars: _Scalars, label_smoothing: float
+    tile: _TileStatistics, scalars: _Scalars, label_smoothing: float | int
 ) -> Float[Array, " queries"]:
     """Cross-entropy of each query: log of the sum of exponentials minus the mean score under its targets."""
     wanted = tile.positive_sum / jnp.maximum(tile.positive_count, 1.0)

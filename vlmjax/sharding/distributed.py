@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 
 from vlmjax.errors import UserError
-from vlmjax.sharding.roll_call import roll_call
+from vlmjax.sharding.roll_call import is_loopback, roll_call
 
 # Set by launch/local.py, one value per process; any other launcher may set them as well.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "VLMJAX_COORDINATOR", "VLMJAX_NUM_PROCESSES", "VLMJAX_PROCESS_ID"
@@ -48,6 +48,8 @@ def initialize() -> None:
             process,
             initialization_timeout=seconds,
             cluster_detection_method="deactivate",
+            # By default jax listens on every interface, also for processes that are all on this machine.
+            coordinator_bind_address=coordinator if is_loopback(coordinator.rpartition(":")[0]) else None,
             **options,
         )
     elif cluster := detected_cluster(os.environ):

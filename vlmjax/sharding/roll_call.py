@@ -10,9 +10,11 @@ import time
 from vlmjax.errors import UserError
 
 _RETRY_SECONDS = 0.2
+# What the others wait beyond process 0, so that its answer and not silence ends their wait.
+_PATIENCE_SECONDS = 5.0
 
 
-def roll_call(coordinator: str, processes: int, process: int, timeout: float) -> None:
+def roll_call(coordinator: str, processes: int, process: int, timeout: float | int) -> None:
     """Return once all `processes` have called this.
 
     Process 0 listens at `coordinator`, which is free again afterwards; the others report to it.
@@ -30,14 +32,13 @@ def roll_call(coordinator: str, processes: int, process: int, timeout: float) ->
     host, _, port = coordinator.rpartition(":")
     deadline = time.monotonic() + timeout
     if process == 0:
-        missing = _listen(int(port), processes, deadline)
+        missing = _listen(host, int(port), processes, deadline)
     else:
-        # A little longer than process 0 waits, so that its answer and not silence is what ends the wait.
-        missing = _report(host.strip("[]"), int(port), process, deadline + 5.0)
+        missing = _report(host.strip("[]"), int(port), process, deadline + _PATIENCE_SECONDS)
     if missing is None:
         raise UserError(
-            f"process {process}: nobody answered at {coordinator} within {timeout:g} s: expected process 0 of "
-            f"{processes} there; check that it runs and that its address is reachable from here"
+            f"process {process}: nobody answered at {coordinator} within {timeout:g} s: expected process 0 "
+            f"of {processes} there; check that it runs and that its address is reachable from here"
         )
     if missing:
         names = ", ".join(map(str, missing))
@@ -47,11 +48,11 @@ def roll_call(coordinator: str, processes: int, process: int, timeout: float) ->
         )
 
 
-def _listen(port: int, processes: int, deadline: float) -> list[int]:
+def _listen(host: str, port: int, processes: int, deadline: float) -> list[int]:
     """Collect the others until all are there or time is up, tell them, and return who is missing."""
     callers: dict[int, socket.socket] = {}
     try:
-        server = _server(port)
+        server = _server(host, port)
     except OSError as error:
         raise UserError(f"process 0 cannot listen on port {port}: {error}; choose a free one") from error
     with server:
@@ -59,12 +60,15 @@ def _listen(port: int, processes: int, deadline: float) -> list[int]:
             server.settimeout(left)
             try:
                 connection, _ = server.accept()
-                connection.settimeout(max(0.1, min(5.0, left)))
-                number = json.loads(connection.makefile("r").readline())
-            except (OSError, ValueError):
-                continue  # Time is up, or somebody else knocked at this port: neither is one of ours.
-            if isinstance(number, int) and 0 < number < processes:
-                callers[number] = connection
+            except OSError:
+                continue  # Time is up, or a caller left before we answered.
+            number = _number_of(connection, processes)
+            if number is None:
+                connection.close()
+                continue
+            if number in callers:  # It was started again while the others were on their way.
+                callers[number].close()
+            callers[number] = connection
     missing = [number for number in range(1, processes) if number not in callers]
     for connection in callers.values():
         with connection:
@@ -75,8 +79,26 @@ def _listen(port: int, processes: int, deadline: float) -> list[int]:
     return missing
 
 
-def _server(port: int) -> socket.socket:
-    """Listen on every interface, IPv6 and IPv4 where the machine has both."""
+def _number_of(connection: socket.socket, processes: int) -> int | None:
+    """The number a caller gives; None for somebody else who knocked at this port."""
+    connection.settimeout(5.0)
+    try:
+        with connection.makefile("r") as lines:
+            number = json.loads(lines.readline(32))
+    except (OSError, ValueError):
+        return None
+    return number if type(number) is int and 0 < number < processes else None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only processes of this machine can reach the address."""
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def _server(host: str, port: int) -> socket.socket:
+    """Listen on every interface, IPv6 and IPv4 where the machine has both, but not beyond a local address."""
+    if is_loopback(host):
+        return socket.create_server((host, port), backlog=128)
     if socket.has_dualstack_ipv6():
         return socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=4096)
     return socket.create_server(("", port), backlog=4096)
@@ -88,7 +110,8 @@ def _report(host: str, port: int, process: int, deadline: float) -> list[int] | 
         try:
             with socket.create_connection((host, port), timeout=left) as connection:
                 connection.sendall(json.dumps(process).encode() + b"\n")
-                return json.loads(connection.makefile("r").readline())
+                with connection.makefile("r") as lines:
+                    return json.loads(lines.readline())
         except (OSError, ValueError):
             time.sleep(_RETRY_SECONDS)  # Not up yet, or it went away: the deadline decides.
     return None
