@@ -1,1 +1,22 @@
-"""The Hugging Face format, read and written by one table per family."""
+"""The Hugging Face format: `load` a folder or hub id, `save` a model as a folder, `load_processor`.
+
+Importing this room loads neither jax nor transformers; the first call does.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+__all__ = ["load", "load_processor", "save"]
+
+
+def __getattr__(name: str) -> Callable[..., Any]:
+    """Import a public function when it is first asked for."""
+    if name in ("load", "save"):
+        from vlmjax.hub import folder
+
+        return getattr(folder, name)
+    if name == "load_processor":
+        from vlmjax.hub import processor
+
+        return processor.load_processor
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

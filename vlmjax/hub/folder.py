@@ -1,0 +1,213 @@
+"""Whole folders: from config.json and safetensors to a model with parameters, and back."""
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from vlmjax.errors import HubError, RecipeError
+from vlmjax.hub import bert, clip, processor, safetensors, table
+from vlmjax.hub.family import Family, nearest
+from vlmjax.hub.source import locate
+from vlmjax.models.bert import Bert, BertConfig
+from vlmjax.models.clip import Clip, ClipText, ClipVision
+from vlmjax.models.layers import DTYPES
+
+FAMILIES: dict[str, Family] = {
+    family.architecture: family
+    for family in (
+        clip.CLIP,
+        clip.VISION,
+        clip.VISION_PROJECTED,
+        clip.TEXT,
+        clip.TEXT_PROJECTED,
+        bert.BERT,
+        bert.DUAL_ENCODER,
+    )
+}
+
+# Which class a config.json without `architectures` describes.
+_BY_TYPE = {
+    "clip": "CLIPModel",
+    "clip_vision_model": "CLIPVisionModel",
+    "clip_text_model": "CLIPTextModel",
+    "bert": "BertModel",
+    "vision-text-dual-encoder": "VisionTextDualEncoderModel",
+}
+
+Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    compute_dtype: str | None = None,
+    shardings: Shardings | None = None,
+    architecture: str | None = None,
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Open a Hugging Face folder as `(model, params)`, to call as `model.apply({"params": params}, ...)`.
+
+    Inputs (`pixel_values`, `input_ids`, ...) and outputs carry Hugging Face's names; images are
+    channels-last, `pixel_values[batch, height, width, 3]`.
+
+    Args:
+        folder: a folder with config.json and safetensors (one file or shards), or a hub id, `owner/name` or
+            `owner/name@revision`.
+        dtype: of the parameters: float32, bfloat16 or float16, whatever the file holds.
+        compute_dtype: of activations; by default `dtype`.
+        shardings: nested dict of `jax.sharding.Sharding` like the parameters, or a function that makes one
+            from the abstract parameters. Every device then reads its own part of the file. None: the default
+            device.
+        architecture: read the folder as this class; a tower can be cut out of a larger model, as
+            CLIPVisionModel out of CLIPModel. By default what config.json says.
+
+    Raises:
+        HubError: the folder or id is not there, holds no safetensors or another architecture, asks for
+            something the model does not do, or has missing, left-over or ill-shaped tensors (all listed).
+    """
+    path = locate(folder)
+    config = read_config(path)
+    family, left_behind = _family(config, architecture, path)
+    model = _with_compute(_build(family, config, path), _known(compute_dtype or dtype, "compute_dtype"))
+    expected = abstract_params(family, model)
+    places = shardings(expected) if callable(shardings) else shardings
+    names = family.names._replace(ignored=(*family.names.ignored, *left_behind))
+    weights = safetensors.open_folder(path)
+    params = table.read(
+        family.rows(model),
+        weights,
+        names,
+        expected,
+        dtype=DTYPES[_known(dtype, "dtype")],
+        shardings=places,
+        where=str(path),
+    )
+    return model, params
+
+
+def save(
+    model: nn.Module,
+    params: Mapping[str, Any],
+    folder: str | os.PathLike[str],
+    tokenizer: Any = None,
+    image_processor: Any = None,
+    *,
+    dtype: str = "float32",
+    max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers (4 and 5) loads unchanged.
+
+    `from_pretrained` of the class and of AutoModel read it; with a tokenizer and an image processor, the
+    class's processor and AutoProcessor do too.
+
+    Args:
+        model: Clip, ClipVision, ClipText or Bert.
+        params: its parameters, on any device; arrays spread over several processes must be gathered first.
+        folder: made if it is not there; an earlier model in it is replaced.
+        tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
+        image_processor: `vlmjax.data.images.EvalTransform`, a transformers image processor, the dict of its
+            configuration, or a folder with one.
+        dtype: of the tensors in the file.
+        max_shard_bytes: above this the weights are split, with an index.
+
+    Raises:
+        HubError: the Hugging Face class cannot express the model, its parameters, or its processor; says why.
+    """
+    path = Path(folder)
+    family = family_of(model)
+    config = family.to_config(model)
+    config |= {"architectures": [family.architecture], "torch_dtype": dtype}
+    expected = abstract_params(family, model)
+    tensors = table.write(family.rows(model), params, expected, dtype=DTYPES[_known(dtype, "dtype")])
+    settings = processor.check(family, model, tokenizer, image_processor)
+    path.mkdir(parents=True, exist_ok=True)
+    safetensors.write_folder(tensors, path, max_shard_bytes=max_shard_bytes)
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (path / "config.json").write_text(text, encoding="utf-8")
+    processor.write(family, model, tokenizer, settings, path)
+
+
+def family_of(model: nn.Module) -> Family:
+    """Return the Hugging Face class that a model is written as."""
+    match model:
+        case Clip():
+            return bert.DUAL_ENCODER if isinstance(model.config.text, BertConfig) else clip.CLIP
+        case ClipVision():
+            return clip.VISION if model.projection_dim is None else clip.VISION_PROJECTED
+        case ClipText():
+            return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
+        case Bert():
+            return bert.BERT
+    raise HubError(
+        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert"
+    )
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return config.json of a folder."""
+    file = path / "config.json"
+    if not file.is_file():
+        raise HubError(f"{path}: holds no config.json, so it is not a Hugging Face model folder")
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HubError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(config, dict):
+        raise HubError(f"{file}: holds a {type(config).__name__}, expected an object")
+    return config
+
+
+def abstract_params(family: Family, model: nn.Module) -> dict[str, Any]:
+    """Return the shapes of a model's parameters without making them."""
+    inputs = family.inputs(model)
+    return jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
+
+
+def _family(config: Mapping[str, Any], wanted: str | None, path: Path) -> tuple[Family, tuple[str, ...]]:
+    """Return the family to read a folder as, and which tensors of the folder's class stay behind."""
+    kind = str(config.get("model_type"))
+    found = (config.get("architectures") or [_BY_TYPE.get(kind, kind)])[0]
+    wanted = wanted or (found if found in FAMILIES else _only_part_of(found)) or found
+    if wanted not in FAMILIES:
+        raise HubError(f"{path}: architecture {wanted} is not supported; {nearest(wanted, FAMILIES)}")
+    family = FAMILIES[wanted]
+    if found == wanted:
+        return family, ()
+    if found not in family.within:
+        raise HubError(f"{path}: holds {found}, which cannot be read as {wanted}; leave out `architecture`")
+    return family, family.within[found]
+
+
+def _only_part_of(found: str) -> str | None:
+    """Return the one class that lives inside an unsupported class: BertModel in BertForMaskedLM."""
+    parts = [name for name, family in FAMILIES.items() if found in family.within]
+    return parts[0] if len(parts) == 1 else None
+
+
+def _build(family: Family, config: Mapping[str, Any], path: Path) -> nn.Module:
+    try:
+        return family.to_model(config)
+    except (HubError, RecipeError) as error:
+        raise HubError(f"{path / 'config.json'}: {error}") from error
+    except (TypeError, AttributeError, ValueError) as error:
+        raise HubError(f"{path / 'config.json'}: a value has the wrong type ({error})") from error
+
+
+def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
+    config = model.config
+    if isinstance(model, Clip):
+        towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
+        return model.clone(config=replace(config, **towers))
+    return model.clone(config=replace(config, dtype=dtype))
+
+
+def _known(dtype: str, argument: str) -> str:
+    if dtype not in DTYPES:
+        raise HubError(f"{argument} is {dtype!r}; supported: {', '.join(DTYPES)}")
+    return dtype

@@ -1,0 +1,181 @@
+"""Tokenizer and image processor of a folder: read into ours, written for transformers 4 and 5."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+
+from vlmjax.data import text
+from vlmjax.data.images import EvalTransform
+from vlmjax.errors import DataError, HubError
+from vlmjax.hub.family import Family
+from vlmjax.hub.source import locate
+from vlmjax.models.bert import BertConfig
+from vlmjax.models.text import TextConfig
+from vlmjax.models.vit import VitConfig
+
+IMAGES = "preprocessor_config.json"
+BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
+TOKENIZER = "tokenizer_config.json"
+_VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
+
+
+def load_processor(folder: str | os.PathLike[str]) -> tuple[text.Tokenizer | None, EvalTransform | None]:
+    """Open what prepares a folder's inputs: its tokenizer, at the model's length, and its image transform.
+
+    Args:
+        folder: a Hugging Face folder, or a hub id as `load` takes it.
+
+    Returns:
+        (tokenizer, transform); either is None where the folder holds none.
+
+    Raises:
+        HubError, DataError: the folder holds neither, or one that cannot be followed exactly.
+    """
+    path = locate(folder)
+    settings = _image_settings(path)
+    transform = None if settings is None else _transform(settings, str(path))
+    tokenizer = None
+    if any((path / name).is_file() for name in _VOCABULARIES):
+        tokenizer = text.load(path, _max_length(path))
+    if tokenizer is None and transform is None:
+        raise HubError(f"{path}: holds neither a tokenizer ({', '.join(_VOCABULARIES)}) nor {IMAGES}")
+    return tokenizer, transform
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise HubError(f"{file}: not valid JSON ({error})") from error
+    return value if isinstance(value, dict) else {}
+
+
+def _image_settings(path: Path) -> dict[str, Any] | None:
+    nested = _json(path / BOTH).get("image_processor")
+    return nested or _json(path / IMAGES) or None
+
+
+def _max_length(path: Path) -> int:
+    """Positions of the text model; where config.json has none, what the tokenizer says, or CLIP's 77."""
+    config = _json(path / "config.json")
+    for holder in (config.get("text_config_dict"), config.get("text_config"), config):
+        if holder and "max_position_embeddings" in holder:
+            return int(holder["max_position_embeddings"])
+    if "bert" in (config.get("model_type"), (config.get("text_config") or {}).get("model_type")):
+        return 512
+    stated = _json(path / TOKENIZER).get("model_max_length", 77)
+    return int(stated) if stated < 1_000_000 else 77  # transformers writes 1e30 for "no limit"
+
+
+def _transform(settings: Mapping[str, Any], where: str) -> EvalTransform:
+    try:
+        return EvalTransform.from_hf(settings)
+    except DataError as error:
+        raise HubError(f"{where}: {error}") from error
+
+
+# ---- writing
+
+
+def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any) -> dict[str, Any] | None:
+    """Return the image processor's configuration, after making sure that model and processor belong together.
+
+    Raises:
+        HubError: sizes or token ids of the processor are not the model's, or the model has no such input.
+    """
+    image, words = _towers(model)
+    _check_tokenizer(family, words, tokenizer)
+    if image_processor is None:
+        return None
+    if image is None:
+        raise HubError(f"{family.architecture} has no images; leave out image_processor")
+    transform = _as_transform(image_processor)
+    if transform.output_size != image.image_shape:
+        raise HubError(
+            f"image_processor makes images of {transform.output_size}, but the model takes exactly "
+            f"{image.image_shape} (height, width); give an image_processor of that size"
+        )
+    named = {} if family.processor is None else {"processor_class": family.processor}
+    return transform.to_hf() | named
+
+
+def write(
+    family: Family, model: nn.Module, tokenizer: Any, settings: Mapping[str, Any] | None, path: Path
+) -> None:
+    """Write the files of tokenizer and image processor into a folder."""
+    if settings is not None:
+        (path / BOTH).unlink(missing_ok=True)  # of an earlier save by transformers 5, which would win
+        (path / IMAGES).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    if tokenizer is None:
+        return
+    _save_tokenizer(tokenizer, path)
+    stated = _json(path / TOKENIZER)
+    stated.setdefault("tokenizer_class", family.tokenizer)
+    if family.processor is not None:
+        stated["processor_class"] = family.processor
+    length = _towers(model)[1].max_length
+    stated["model_max_length"] = min(stated.get("model_max_length", length), length)
+    (path / TOKENIZER).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+
+
+def _towers(model: nn.Module) -> tuple[VitConfig | None, TextConfig | BertConfig | None]:
+    config = model.config
+    if isinstance(config, VitConfig):
+        return config, None
+    if isinstance(config, (TextConfig, BertConfig)):
+        return None, config
+    return config.image, config.text
+
+
+def _as_transform(processor: Any) -> EvalTransform:
+    if isinstance(processor, EvalTransform):
+        return processor
+    if isinstance(processor, Mapping):
+        return _transform(processor, "image_processor")
+    if isinstance(processor, (str, os.PathLike)):
+        settings = _image_settings(Path(processor))
+        if settings is None:
+            raise HubError(f"{processor}: holds no {IMAGES}")
+        return _transform(settings, str(processor))
+    if hasattr(processor, "to_dict"):
+        return _transform(processor.to_dict(), type(processor).__name__)
+    raise HubError(
+        f"image_processor is a {type(processor).__name__}; give an EvalTransform, a dict or a folder"
+    )
+
+
+def _check_tokenizer(family: Family, words: TextConfig | BertConfig | None, tokenizer: Any) -> None:
+    if tokenizer is None:
+        return
+    if words is None:
+        raise HubError(f"{family.architecture} has no text; leave out tokenizer")
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = text.load(tokenizer, words.max_length)
+    size = tokenizer.vocab_size if isinstance(tokenizer, text.Tokenizer) else len(tokenizer)
+    if size > words.vocab_size:
+        raise HubError(
+            f"the tokenizer has {size} tokens, the model {words.vocab_size}; it is another model's tokenizer"
+        )
+    pools_at = getattr(words, "eos_token_id", 2)
+    if pools_at not in (2, tokenizer.eos_token_id):
+        raise HubError(
+            f"the tokenizer ends texts with id {tokenizer.eos_token_id}, but the model pools at eos_token_id "
+            f"{pools_at}; it is another model's tokenizer"
+        )
+
+
+def _save_tokenizer(tokenizer: Any, path: Path) -> None:
+    if isinstance(tokenizer, (str, os.PathLike)):
+        tokenizer = text.load(tokenizer)
+    if isinstance(tokenizer, text.Tokenizer):
+        tokenizer.save(path)
+    elif hasattr(tokenizer, "save_pretrained"):
+        tokenizer.save_pretrained(str(path))
+    else:
+        raise HubError(f"tokenizer is a {type(tokenizer).__name__}; give a Tokenizer or a folder with one")
