@@ -23,6 +23,6 @@ def get_config(arg=""):
     c.optimizer.clip_norm = 1.0
     c.optimizer.warmup.steps = 50
 
-    c.evals.zeroshot = config.evaluation("zeroshot", "scenes:heldout", examples=1024)
+    c.evals.zeroshot = config.evaluation("zeroshot", "scenes:heldout:class", examples=1024)
     c.evals.retrieval = config.evaluation("retrieval", "scenes:heldout", examples=256)
     return config.choose(c, arg)

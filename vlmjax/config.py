@@ -183,7 +183,7 @@ def tiny(c: Config) -> Config:
     c.optimizer.cooldown = duration()
     c.evals = Config(
         {
-            "zeroshot": evaluation("zeroshot", "scenes:heldout", examples=256),
+            "zeroshot": evaluation("zeroshot", "scenes:heldout:class", examples=256),
             "retrieval": evaluation("retrieval", "scenes:heldout", examples=256),
         }
     )

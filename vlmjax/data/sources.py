@@ -11,6 +11,7 @@ import numpy as np
 from vlmjax.data import files, folder
 from vlmjax.data.folder import Subset
 from vlmjax.data.record import Record
+from vlmjax.data.scenes import open_scenes
 from vlmjax.data.webdataset import TarSource
 from vlmjax.errors import DataError
 
@@ -20,7 +21,7 @@ Specification = str | Sequence[str]
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by number. `fingerprint` tells whether two runs see the same data; reading may raise BadRecord."""
+    """Examples by number. Equal `fingerprint`s mean the same data; reading may raise BadRecord."""
 
     name: str
     fingerprint: str
@@ -86,7 +87,7 @@ def open_source(
 
     Args:
         spec: one of, or several in a tuple or separated by commas (then one after the other):
-            `scenes`, `scenes:train`, `scenes:heldout`: the built-in drawn world;
+            `scenes`, `scenes:heldout`, `scenes:train:full`: the drawn world, see `open_scenes`;
             `x-{00000..01242}.tar`, `x-*.tar.gz`, `gs://.../x.tar`: webdataset shards;
             `table.jsonl`, `.csv`, `.tsv`: image paths with captions;
             a folder: its shards, its table, or its images with text files beside them.
@@ -125,7 +126,7 @@ def split_spec(spec: str) -> list[str]:
 
 def _open_part(part: str, seed: int, image_size: int, table: dict[str, Any], cache: str | None) -> Source:
     if part == "scenes" or part.startswith("scenes:"):
-        return _open_scenes(part, seed, image_size)
+        return open_scenes(part, seed=seed, image_size=image_size)
     paths = files.find(part)
     if len(paths) == 1 and os.path.isdir(paths[0]):
         shards = [path for path in _listing(paths[0]) if path.endswith(TAR_ENDINGS)]
@@ -148,15 +149,6 @@ def _open_part(part: str, seed: int, image_size: int, table: dict[str, Any], cac
 
 def _listing(path: str) -> list[str]:
     return sorted(os.path.join(path, name) for name in os.listdir(path))
-
-
-def _open_scenes(part: str, seed: int, image_size: int) -> Source:
-    from vlmjax.data.scenes import Scenes
-
-    split = part.partition(":")[2] or "train"
-    if split not in ("train", "heldout"):
-        raise DataError(f"data {part!r}: scenes has no split {split!r}; use scenes:train or scenes:heldout")
-    return Scenes(split=split, seed=seed, image_size=image_size)
 
 
 def _filtered(source: Source, exclude: str | None, keep: Callable[[str], bool] | None) -> Source:

@@ -136,7 +136,7 @@ def _font(size: int) -> ImageFont.FreeTypeFont:
 
 @functools.lru_cache(maxsize=1024)
 def _letters(text: str, size: int) -> np.ndarray:
-    """Coverage of the letters of `text` at font size `size` pixels, float32, cut to the ink with even sides."""
+    """Coverage of the letters of `text` at font size `size` pixels, cut to the ink, with even sides."""
     mask = _font(size * TEXT_SAMPLES).getmask(text, mode="L")
     ink = np.asarray(mask, np.float32).reshape(mask.size[1], mask.size[0]) / 255
     rows, columns = np.flatnonzero(ink.any(axis=1)), np.flatnonzero(ink.any(axis=0))

@@ -1,4 +1,4 @@
-"""Where things go: the canvas is cut into regions, one per group, and each region into cells, one per thing."""
+"""Where things go: the canvas is cut into regions, one per group, and these into cells, one per thing."""
 
 import functools
 from typing import NamedTuple

@@ -20,7 +20,7 @@ class Question(NamedTuple):
 
 
 def questions(world: World) -> tuple[Question, ...]:
-    """All kinds of questions that have one clear answer in `world`, several of each where there are several."""
+    """All kinds of questions that have one clear answer in `world`, for every group they can be about."""
     dice = Dice(world.seed, v.SPLITS.index(world.split), world.index, QUESTIONS_PURPOSE)
     found = _about_groups(world) + _counting(world, dice) + _exists(world, dice)
     found += _where(world, dice) + _compare(world, dice)

@@ -16,7 +16,8 @@ from vlmjax.data.scenes.world import World, make_world
 from vlmjax.errors import DataError
 
 VERSION = 1  # of the drawn world: raised whenever an index stops meaning the same scene
-LENGTH = 1_000_000  # nominal number of scenes in a split: the world does not end there
+LENGTHS = {"train": 1_000_000, "val": 1024, "heldout": 1024}  # what len() says: the world does not end there
+CAPTIONS = ("all", "complete", "class")  # which captions a record carries
 SMALLEST_IMAGE = 16
 
 
@@ -170,7 +171,7 @@ def seen_classes() -> tuple[str, ...]:
 
 
 class Scenes:
-    """A source of drawn scenes. `scenes[i]` depends on `(seed, i, split, style)` and is drawn when asked for."""
+    """A source of drawn scenes. Each depends on `(seed, i, split, style)` only and is drawn when asked for."""
 
     def __init__(
         self,
@@ -179,8 +180,8 @@ class Scenes:
         image_size: int = 64,
         *,
         style: str = "simple",
-        captions: int | None = None,
-        length: int = LENGTH,
+        captions: str | None = None,
+        length: int | None = None,
     ):
         """Describe the set; nothing is drawn yet.
 
@@ -191,31 +192,33 @@ class Scenes:
             style: `single` is one thing; `simple` one or two things of any texture and size, which is what a
                 small CLIP learns in minutes; `full` adds counts, up to four groups, printed words and things
                 inside things.
-            captions: keep the first so many captions of each scene, the most complete ones; None keeps all.
-            length: what `len()` says, the size of an epoch.
+            captions: `all`: every caption of a scene, short and long, to train on; `complete`: the fullest
+                one, which tells a scene from all others, for retrieval; `class`: the combination of the main
+                thing ("a red star"), for zero-shot classification. None is `all` in `train`, else `complete`.
+            length: what `len()` says; None is 1,000,000 in `train`, 1,024 in `val` and `heldout`.
 
         Raises:
-            DataError: an unknown split or style, or an impossible number.
+            DataError: an unknown split, style or kind of captions, or an impossible number.
         """
-        if captions is not None and captions < 1:
-            raise DataError(f"scenes: captions is {captions}, expected at least 1 or None for all")
+        scene(seed, 0, split, style=style, image_size=image_size)  # checks what it is given
+        captions = captions or ("all" if split == "train" else "complete")
+        _check("captions", captions, CAPTIONS)
+        length = LENGTHS[split] if length is None else length
         if length < 1:
             raise DataError(f"scenes: length is {length}, expected at least 1")
-        scene(seed, 0, split, style=style, image_size=image_size)  # the remaining checks
         self.split, self.seed, self.image_size, self.style = split, seed, image_size, style
-        self._captions, self._length = captions, length
+        self.captions, self._length = captions, length
         self._labels = {name: k for k, name in enumerate(self.classes)}
 
     @property
     def name(self) -> str:
-        """What the source is called in logs: `scenes:train:simple`."""
-        return f"scenes:{self.split}:{self.style}"
+        """What the source is called in logs: `scenes:train:simple:all`."""
+        return f"scenes:{self.split}:{self.style}:{self.captions}"
 
     @property
     def fingerprint(self) -> str:
         """Equal for sources that give equal records."""
-        kept = "all" if self._captions is None else self._captions
-        return f"{self.name}:v{VERSION}:seed{self.seed}:{self.image_size}px:captions-{kept}:{self._length}"
+        return f"{self.name}:v{VERSION}:seed{self.seed}:{self.image_size}px:{self._length}"
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -231,25 +234,38 @@ class Scenes:
         return scene(self.seed, i, self.split, style=self.style, image_size=self.image_size)
 
     def __getitem__(self, i: int) -> Record:
-        """Record number `i`; `extra` holds `label` and `class_name` of the main thing and the whole `scene`."""
+        """Record number `i`; `extra` holds `label` and `class_name` of the main thing and the whole `scene`.
+
+        Raises:
+            IndexError: `i` is negative or not below `len()`.
+        """
         if not 0 <= i < self._length:
             raise IndexError(f"{self.name}: scene {i} of {self._length}")
         one = self.scene(int(i))
         extra = {"label": self._labels[one.class_name], "class_name": one.class_name, "scene": one}
-        return Record(f"{self.name}/{self.seed}/{i}", one.image, one.captions[: self._captions], extra)
+        key = f"scenes/{self.split}/{self.style}/{self.seed}/{i}"
+        return Record(key, one.image, self._captions_of(one), extra)
+
+    def _captions_of(self, one: Scene) -> tuple[str, ...]:
+        if self.captions == "class":
+            return (one.class_name,)
+        return one.captions if self.captions == "all" else one.captions[:1]
 
 
-def open_scenes(spec: str, *, seed: int = 0, image_size: int = 64, **options: Any) -> Scenes:
-    """Open `scenes`, `scenes:heldout` or `scenes:train:full`; further options go to `Scenes`.
+def open_scenes(spec: str, *, seed: int = 0, image_size: int = 64) -> Scenes:
+    """Open a spec: `scenes`, then in any order and each at most once a split, a style, a kind of captions.
+
+    `scenes:heldout`, `scenes:train:full`, `scenes:heldout:class`.
 
     Raises:
-        DataError: the spec names no split or style.
+        DataError: a word of the spec is none of them, or two are of one kind.
     """
-    name, *rest = spec.split(":")
-    if name != "scenes" or len(rest) > 2:
-        raise DataError(
-            f"{spec!r} is no set of scenes, expected scenes[:split[:style]] such as scenes:train:full"
-        )
-    return Scenes(
-        **dict(zip(("split", "style"), rest, strict=False)), seed=seed, image_size=image_size, **options
-    )
+    kinds = {"split": v.SPLITS, "style": v.STYLES, "captions": CAPTIONS}
+    options: dict[str, str] = {}
+    for word in spec.split(":")[1:]:
+        _check("option", word, tuple(name for names in kinds.values() for name in names))
+        kind = next(kind for kind, names in kinds.items() if word in names)
+        if kind in options:
+            raise DataError(f"{spec!r} says both {options[kind]!r} and {word!r}: give one {kind}")
+        options[kind] = word
+    return Scenes(**options, seed=seed, image_size=image_size)

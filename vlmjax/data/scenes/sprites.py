@@ -25,7 +25,7 @@ class Sprite(NamedTuple):
 
 
 class _Outline(NamedTuple):
-    """What all textures of a shape share: distance to its edge (`times` samples per pixel) and to its shadow's."""
+    """What all textures share: distance to the shape's edge (`times` samples per pixel) and its shadow's."""
 
     distance: np.ndarray
     behind: np.ndarray

@@ -1,4 +1,4 @@
-"""What the drawn world is made of: shapes, colours, textures, sizes, backgrounds, words, and what is held out."""
+"""What the drawn world is made of: shapes, colours, textures, backgrounds, words, and what is held out."""
 
 SPLITS = ("train", "heldout", "val")
 STYLES = ("single", "simple", "full")

@@ -71,7 +71,7 @@ def captions(world: World) -> tuple[str, ...]:
 
 
 def _listed(phrases: list[str]) -> str:
-    """ "a", "a and b", "a, b and c"."""
+    """Join phrases: "a", "a and b", "a, b and c"."""
     if len(phrases) == 1:
         return phrases[0]
     return ", ".join(phrases[:-1]) + " and " + phrases[-1]
@@ -121,7 +121,7 @@ def _retold(world: World, dice: Dice) -> str:
 
 
 def _aside(world: World, dice: Dice) -> str:
-    """One detail: a texture, a size, a number, another group, a relation of colours, the word, the background."""
+    """One detail: texture, size, place, another group, a relation of colours, the word or the background."""
     main = world.groups[0]
     options = [
         counted(main, noun(main, colour=False, texture=True, size=True)),

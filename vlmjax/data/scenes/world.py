@@ -10,7 +10,6 @@ from vlmjax.data.scenes import layout
 from vlmjax.data.scenes import vocabulary as v
 from vlmjax.data.scenes.dice import Dice
 
-
 COUNT_WEIGHTS = (50, 20, 15, 10, 8, 7)  # of groups of one, two, ... six things
 
 
