@@ -223,7 +223,7 @@ def check_overrides(arguments: Iterable[str]) -> None:
                 _check_path(parts, schema, argument)
 
 
-def _check_path(parts: list[str], schema: Mapping, shown: str) -> None:
+def _check_path(parts: list[str], schema: Config | Mapping, shown: str) -> None:
     node, seen = schema, "config"
     for part in parts:
         if not isinstance(node, (Config, Mapping)):
@@ -263,7 +263,7 @@ def _replace_duration(config: Config, parts: list[str]) -> None:
                 node[unit] = None
 
 
-def _check_keys(config: Mapping, schema: Mapping, where: str) -> None:
+def _check_keys(config: Config | Mapping, schema: Config | Mapping, where: str) -> None:
     for key in config:
         if where == "config.evals":
             _check_keys(config[key], _evaluation_schema(), f"config.evals.{key}")
@@ -399,7 +399,7 @@ def _in_range(value, low, high, where: str, closed: bool = False) -> None:
         raise RecipeError(f"{where}={value}: expected a number from {low} to {high}")
 
 
-def steps_of(value: Mapping, batch_size: int, examples: int) -> int | None:
+def steps_of(value: Config | Mapping, batch_size: int, examples: int) -> int | None:
     """Translate a duration into optimizer steps, rounded to the nearest step and at least 1; None if not given.
 
     Args:
