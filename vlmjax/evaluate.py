@@ -1,4 +1,4 @@
-"""`python -m vlmjax.evaluate --model=runs/clip --benchmark=zeroshot --data='x-{00..03}.tar'`: score a model."""
+"""`python -m vlmjax.evaluate --model=runs/clip --benchmark=zeroshot --data=x.tar`: score a trained model."""
 
 import json
 import logging
@@ -112,7 +112,7 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         if options.report:
             from vlmjax.training import report
 
-            report.save_results(options.report, [result])
+            report.save_result(options.report, result)
             print(f"wrote {report.write_report(options.report)}")
     return row
 

@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import os
+import zipfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def write_report(workdir: Folder) -> Path:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl in order of their step; "nan" and "inf" become numbers, damaged lines are left out."""
+    """Rows of metrics.jsonl by step; "nan" and "inf" become numbers, damaged lines are left out."""
     rows = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     for line in text.splitlines():
@@ -127,7 +128,11 @@ def _number(value: Any) -> Any:
 
 
 def _is_result(row: Any) -> bool:
-    return isinstance(row, dict) and {"name", "benchmark", "chance"} <= set(row) and isinstance(row["chance"], dict)
+    return (
+        isinstance(row, dict)
+        and {"name", "benchmark", "chance"} <= set(row)
+        and isinstance(row["chance"], dict)
+    )
 
 
 def _folder(workdir: Folder) -> Path:
@@ -188,7 +193,11 @@ def _without_pictures(value: Any, pictures: list[np.ndarray]) -> Any:
 
 def _with_pictures(value: Any, urls: Sequence[str]) -> Any:
     if isinstance(value, dict):
-        return urls[value["picture"]] if set(value) == {"picture"} else {k: _with_pictures(v, urls) for k, v in value.items()}
+        return (
+            urls[value["picture"]]
+            if set(value) == {"picture"}
+            else {k: _with_pictures(v, urls) for k, v in value.items()}
+        )
     return [_with_pictures(part, urls) for part in value] if isinstance(value, list) else value
 
 
@@ -197,7 +206,7 @@ def _read_details(path: Path) -> dict[str, Any]:
     try:
         with np.load(path.with_suffix(".npz"), allow_pickle=False) as file:
             return _with_pictures(value, [data_url(picture) for picture in file["pictures"]])
-    except (OSError, ValueError, KeyError, IndexError, EOFError, np.lib.format.zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile) as error:
         _log.warning("%s: left out of the report: %s", path, error)
         return {}
 
@@ -212,7 +221,7 @@ def _read_similarity(path: Path) -> dict[str, Any]:
                 "captions": [str(c) for c in file["captions"]],
                 "similarity": np.asarray(file["similarity"], np.float64),
             }
-    except (OSError, ValueError, KeyError, EOFError, np.lib.format.zipfile.BadZipFile) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         _log.warning("%s: left out of the report: %s", path, error)
         return {}
 

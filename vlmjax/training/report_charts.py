@@ -1,13 +1,14 @@
-"""Small line charts as SVG text: axes with round numbers, gaps at NaN, colours that follow the page's theme."""
+"""Small line charts as SVG text: axes with round numbers, gaps at NaN, colours of the page's theme."""
 
 import html
 import math
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
-WIDTH, HEIGHT = 460, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28
+WIDTH, HEIGHT = 400, 210
+LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
 MOST_POINTS = 320
 
 
@@ -30,70 +31,98 @@ def line_chart(
     good = [y for _, y in points if math.isfinite(y)]
     if not good:
         return '<p class="none">no finite value yet</p>'
-    marks = [y for y in (baselines or {}).values() if math.isfinite(y)]
+    marks = {name: y for name, y in (baselines or {}).items() if math.isfinite(y)}
     log = not percent and log_scale(good)
-    low, high, ticks = _axis(good + ([] if log else marks), percent, log)
-    xs = [x for x, _ in points]
-    x_low, x_high = min(xs), max(xs)
-
-    def place_x(x: float) -> float:
-        share = 0.5 if x_high == x_low else (x - x_low) / (x_high - x_low)
-        return LEFT + share * (WIDTH - LEFT - RIGHT)
-
-    def place_y(y: float) -> float:
-        a, b, c = (math.log10(v) for v in (low, high, y)) if log else (low, high, y)
-        return HEIGHT - BOTTOM - (c - a) / (b - a) * (HEIGHT - TOP - BOTTOM)
-
-    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
-    for tick in ticks:
-        y = place_y(tick)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 3.5:.1f}" text-anchor="end">{_label(tick, percent)}</text>')
-    for tick in _x_ticks(x_low, x_high):
-        x = place_x(tick)
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 9}" text-anchor="middle">{short(tick)}</text>')
-    base = HEIGHT - BOTTOM
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
+    low, high, ticks = _axis(good + ([] if log else list(marks.values())), percent, log)
+    scale = Scale(min(x for x, _ in points), max(x for x, _ in points), low, high, log)
+    parts = [f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">', *_frame(scale, ticks, percent)]
     for number, (name, line) in enumerate(series.items()):
         colour = f"c{number % 6}"
-        mark = (baselines or {}).get(name)
-        if mark is not None and math.isfinite(mark) and low <= mark <= high:
-            y = place_y(mark)
-            parts.append(f'<line class="chance {colour}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        if name in marks and low <= marks[name] <= high:
+            parts.append(_across(scale.y(marks[name]), f"chance {colour}"))
         many = smooth and len(line) > 60
-        parts += _polylines(thin(line), place_x, place_y, f"{colour} faint" if many else colour)
+        parts += _polylines(thin(line), scale, f"{colour} faint" if many else colour)
         if many:
-            parts += _polylines(thin(moving_average(line)), place_x, place_y, colour)
+            parts += _polylines(thin(moving_average(line)), scale, colour)
         if len(line) <= 40:
-            parts += [
-                f'<circle class="{colour}" cx="{place_x(x):.1f}" cy="{place_y(y):.1f}" r="2.6">'
-                f"<title>{html.escape(name)}, step {short(x)}: {_label(y, percent, exact=True)}</title></circle>"
-                for x, y in line
-                if math.isfinite(y)
-            ]
-        for x in [x for x, y in line if not math.isfinite(y)][:20]:
-            parts.append(f'<path class="broken" d="M{place_x(x):.1f} {base}l-4 7h8z"><title>not finite</title></path>')
+            parts += [_dot(name, x, y, scale, colour, percent) for x, y in line if math.isfinite(y)]
+        parts += [_broken(scale.x(x)) for x, y in line if not math.isfinite(y)][:20]
     return "".join([*parts, "</svg>"])
 
 
-def _polylines(line: Sequence[tuple[float, float]], place_x, place_y, classes: str) -> list[str]:
+class Scale(NamedTuple):
+    """Where values stand on the picture; the y axis is linear or logarithmic."""
+
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    log: bool
+
+    def x(self, value: float) -> float:
+        """Horizontal place; in the middle when there is only one."""
+        wide = self.x_high - self.x_low
+        return LEFT + ((value - self.x_low) / wide if wide else 0.5) * (WIDTH - LEFT - RIGHT)
+
+    def y(self, value: float) -> float:
+        """Vertical place, from the top."""
+        low, high = self.y_low, self.y_high
+        if self.log:
+            low, high, value = math.log10(low), math.log10(high), math.log10(value)
+        return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+
+
+def _frame(scale: Scale, ticks: Sequence[float], percent: bool) -> list[str]:
+    """Grid lines, numbers on both axes, and the base line."""
+    parts = []
+    for tick in ticks:
+        y = scale.y(tick)
+        parts.append(_across(y, "grid"))
+        parts.append(_text(LEFT - 7, y + 4, "end", _label(tick, percent)))
+    for tick in _x_ticks(scale.x_low, scale.x_high):
+        x = scale.x(tick)
+        side = "end" if x > WIDTH - RIGHT - 16 else "middle"
+        parts.append(_text(WIDTH - RIGHT / 2 if side == "end" else x, HEIGHT - 7, side, short(tick)))
+    return [*parts, _across(HEIGHT - BOTTOM, "axis")]
+
+
+def _across(y: float, classes: str) -> str:
+    return f'<line class="{classes}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+
+
+def _text(x: float, y: float, anchor: str, text: str) -> str:
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
+
+
+def _dot(name: str, x: float, y: float, scale: Scale, colour: str, percent: bool) -> str:
+    title = f"{html.escape(name)}, step {short(x)}: {_label(y, percent, exact=True)}"
+    place = f'cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}"'
+    return f'<circle class="{colour}" {place} r="2.6"><title>{title}</title></circle>'
+
+
+def _broken(x: float) -> str:
+    return f'<path class="broken" d="M{x:.1f} {HEIGHT - BOTTOM}l-4 7h8z"><title>not finite</title></path>'
+
+
+def _polylines(line: Sequence[tuple[float, float]], scale: Scale, classes: str) -> list[str]:
     """The line in pieces, cut where a value is not finite."""
     pieces: list[list[str]] = [[]]
     for x, y in line:
         if math.isfinite(y):
-            pieces[-1].append(f"{place_x(x):.1f},{place_y(y):.1f}")
+            pieces[-1].append(f"{scale.x(x):.1f},{scale.y(y):.1f}")
         elif pieces[-1]:
             pieces.append([])
-    return [f'<polyline class="line {classes}" points="{" ".join(piece)}"/>' for piece in pieces if len(piece) > 1]
+    lines = (" ".join(piece) for piece in pieces if len(piece) > 1)
+    return [f'<polyline class="line {classes}" points="{points}"/>' for points in lines]
 
 
 def log_scale(values: Sequence[float]) -> bool:
-    """Whether a logarithmic axis shows these values better: all positive, and spread over more than 1 : 30."""
+    """Whether a logarithmic axis shows these values better: all positive and spread over more than 1 : 30."""
     return min(values) > 0 and max(values) / min(values) > 30
 
 
 def thin(line: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """At most about `most` points: of each stretch the lowest and the highest, so that spikes stay visible."""
+    """At most about `most` points: of each stretch the lowest and highest, so that spikes stay."""
     if len(line) <= most:
         return list(line)
     size = math.ceil(2 * len(line) / most)
@@ -101,7 +130,9 @@ def thin(line: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[t
     for start in range(0, len(line), size):
         stretch = line[start : start + size]
         finite = [p for p in stretch if math.isfinite(p[1])]
-        chosen = {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else {stretch[0]}
+        chosen = (
+            {min(finite, key=lambda p: p[1]), max(finite, key=lambda p: p[1])} if finite else {stretch[0]}
+        )
         out += sorted(chosen | {p for p in stretch if not math.isfinite(p[1])})
     return out
 
