@@ -101,7 +101,7 @@ def test_output_and_pids_are_told_apart(program):
 
 def test_the_first_failure_ends_the_others_and_is_the_exit_code(program):
     began = time.monotonic()
-    code, output = program("sys.exit(3) if me == 1 else time.sleep(60)")
+    code, output = program("sys.exit(3) if me == 1 else time.sleep(60)", "--grace_seconds=30")
     assert code == 3
     assert "[p1] ended with exit code 3" in output
     assert time.monotonic() - began < 20

@@ -44,6 +44,7 @@ def test_first_match_wins_and_values_may_be_tuples_or_numbers():
 def test_a_rule_must_match_the_whole_path():
     with pytest.raises(RecipeError, match="'kernel' matches no parameter; .* such as a/kernel"):
         match_rules([("kernel", 1), (".*", 0)], {"a": {"kernel": 0}})
+    assert match_rules([("a", 1), (".*", 0)], {"a": 0, "ab": 0}) == {"a": 1, "ab": 0}
 
 
 def test_an_uncovered_parameter_is_named():
