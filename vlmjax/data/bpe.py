@@ -15,10 +15,10 @@ def train_bpe(
 ) -> None:
     """Learn a vocabulary from captions and write it as a Hugging Face CLIP tokenizer folder.
 
-    Lower-cased, byte-level (so no text is unknown), words end in `</w>`, ids in CLIP's order: 256 bytes, 256 bytes
-    that end a word, merges, `<|startoftext|>`, `<|endoftext|>`; the closing token has the largest id, which is what
-    CLIP's pooling looks for. The same captions give the same files. `transformers.CLIPTokenizer`, `AutoTokenizer`
-    and `vlmjax.data.text.load` read the folder and agree.
+    Lower-cased, byte-level (so no text is unknown), words end in `</w>`, ids in CLIP's order: 256 bytes, 256
+    bytes that end a word, merges, `<|startoftext|>`, `<|endoftext|>`; the closing token has the largest id,
+    which is what CLIP's pooling looks for. The same captions give the same files.
+    `transformers.CLIPTokenizer`, `AutoTokenizer` and `vlmjax.data.text.load` read the folder and agree.
 
     Args:
         captions: texts to learn from, read once.

@@ -1,4 +1,4 @@
-"""Files as sources see them: patterns to paths, remote files into a local cache, gzip unpacked once, shared reads."""
+"""Files as sources see them: patterns to paths, a local cache for remote and gzipped ones, shared reads."""
 
 import contextlib
 import difflib
@@ -53,7 +53,7 @@ def expand_braces(pattern: str) -> list[str]:
 
 
 def find(pattern: str) -> list[str]:
-    """The paths a pattern stands for: braces written out in order, globs sorted; remote paths stay as they are.
+    """The paths a pattern stands for: braces written out in order, globs sorted, remote paths as they are.
 
     Raises:
         DataError: a path does not exist or a glob matches nothing; names what lies nearby.
@@ -103,8 +103,8 @@ def localize(path: str, cache: str | os.PathLike[str] | None = None) -> str:
     """A local, uncompressed, seekable file with the contents of `path`.
 
     Remote files are downloaded whole and gzipped ones unpacked, once, into the cache. The copy is named after
-    path, size and time of change, so a changed shard gets a new copy, and it appears under that name only when
-    complete, so a killed process leaves no half file that another would read.
+    path, size and time of change, so a changed shard gets a new copy, and it appears under that name only
+    when complete, so a killed process leaves no half file that another would read.
 
     Raises:
         DataError: unreachable, damaged gzip, or no room in the cache.

@@ -44,8 +44,8 @@ def open_folder(folder: str, **options: Any) -> "TableSource | PairFolder":
 class TableSource:
     """Rows of a jsonl, json, csv or tsv file, each with the path of an image and its caption or captions.
 
-    Paths are relative to the table's folder (or to `root`). Columns are found by their usual names; say which when
-    yours are called otherwise. `record.extra` is the rest of the row.
+    Paths are relative to the table's folder (or to `root`). Columns are found by their usual names; say which
+    when yours are called otherwise. `record.extra` is the rest of the row.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class TableSource:
 
 
 class PairFolder:
-    """Image files with captions beside them: `dog.jpg` with `dog.txt` (one caption) or `dog.json`, in any subfolder."""
+    """Images, in subfolders too, with captions beside them: `dog.jpg` with `dog.txt` (one) or `dog.json`."""
 
     def __init__(self, folder: str, *, name: str = ""):
         """List the folder. Raises DataError when there is no image in it."""
@@ -205,7 +205,7 @@ def _read_delimited(path: str) -> list[dict[str, Any]]:
 
 
 def _has_quotes(path: str) -> bool:
-    """True when a tsv quotes whole fields; a lone quote inside a caption must not swallow the lines after it."""
+    """True when a tsv quotes whole fields; a lone quote in a caption must not swallow the lines after it."""
     with open(path, encoding="utf-8-sig") as data:
         return any(
             field.startswith('"') and field.rstrip("\n").endswith('"')

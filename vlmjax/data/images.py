@@ -49,9 +49,9 @@ def decode(
     """An encoded image as pixels: RGB, upright, 8 bits, first frame.
 
     EXIF orientation is applied. Transparency is laid over `background` (or kept, see below). Grey, palette,
-    CMYK, 1-bit and 16-bit images are converted; 16 bits map by the full range (65535 -> 255). Pictures of more
-    than `max_pixels` are refused by their header, before memory is taken, except baseline JPEGs of up to 16
-    times that, which are decoded at a half or a quarter of their size.
+    CMYK, 1-bit and 16-bit images are converted; 16 bits map by the full range (65535 -> 255). Pictures of
+    more than `max_pixels` are refused by their header, before memory is taken, except baseline JPEGs of up to
+    16 times that, which are decoded at a half or a quarter of their size.
 
     Args:
         data: the file's bytes; a uint8 array [height, width, 3 or 4] passes through (alpha handled as above).
@@ -149,22 +149,20 @@ def _to_pixels(image: Image.Image, background: tuple[int, int, int], keep_alpha:
 
 
 def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """16-bit grey by its full range; wider integers and floats by their range when they exceed 16 or 8 bits."""
+    """16-bit grey by its full range (as it is where it holds bytes); others by their maximum."""
     values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
     top = float(values.max(initial=0.0))
-    if mode.startswith("I;16"):
-        values = values / 257.0
-    elif mode == "F" and top <= 1.0:
+    if mode == "F" and top <= 1.0:
         values = values * 255.0
     elif top > 255.0:
-        values = values / 257.0 if mode == "I" and top <= 65535.0 else values * (255.0 / top)
+        values = values / 257.0 if mode != "F" and top <= 65535.0 else values * (255.0 / top)
     return np.clip(np.rint(values), 0, 255).astype(np.uint8)
 
 
 def composite(rgba: np.ndarray, background: tuple[int, int, int] | np.ndarray) -> np.ndarray:
     """Lay uint8 [height, width, 4] over one colour: uint8 [height, width, 3], correctly rounded."""
-    alpha = rgba[..., 3:].astype(np.uint32)
-    mixed = rgba[..., :3] * alpha + np.asarray(background, np.uint32) * (255 - alpha)
+    alpha = rgba[..., 3:].astype(np.uint16)  # a mean of two bytes times 255, plus 127, fits in 16 bits
+    mixed = rgba[..., :3] * alpha + np.asarray(background, np.uint16) * (255 - alpha)
     return ((mixed + 127) // 255).astype(np.uint8)
 
 
@@ -182,7 +180,7 @@ def resize(
     box: tuple[float, float, float, float] | None = None,
     resample: int = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """Antialiased resize of uint8 [h, w, 3 or 4] to `size` (height, width), optionally of `box` (x0, y0, x1, y1)."""
+    """Antialiased resize of uint8 [h, w, 3 or 4], or its `box` (x0, y0, x1, y1), to `size` (height, width)."""
     if box is None and pixels.shape[:2] == tuple(size):
         return pixels
     image = Image.fromarray(pixels).resize((size[1], size[0]), Image.Resampling(resample), box=box)
@@ -204,7 +202,7 @@ class EvalTransform:
 
     Attributes:
         size: the shorter side after resizing, or (height, width) to resize to whatever the shape was.
-        crop: (height, width) of the centre crop; None for no crop. Where the image is smaller, black fills up.
+        crop: (height, width) of the centre crop; None for no crop. Black fills up where there is no image.
         mean, std: per channel, of values in [0, 1].
         resample: Pillow's number of the resize kernel, 3 is bicubic.
     """

@@ -1,4 +1,4 @@
-"""The machine under the pipeline: chunks of a plan through grain's threads into batches, bad records counted."""
+"""The machine under the pipeline: chunks of a plan through grain's threads into batches, failures counted."""
 
 import logging
 import threading
@@ -36,7 +36,7 @@ class SkipCounter:
     """
 
     def __init__(self, name: str, max_share: float):
-        """`max_share` of all records may be bad; it is judged from a few hundred records on, or when all are bad."""
+        """`max_share` of all records may be bad: judged from some hundred records on, or when all are bad."""
         self.name, self.max_share = name, max_share
         self.seen, self.by_reason = 0, Counter()
 
@@ -58,8 +58,8 @@ class SkipCounter:
         share = self.skipped / max(self.seen, 1)
         if failures and share > self.max_share and (self.seen >= _MIN_SEEN or share == 1.0):
             raise DataError(
-                f"{self.name}: {self.skipped} of {self.seen} records are unusable ({self.summary()}), more than the "
-                f"{self.max_share:.1%} allowed; last: {failures[-1].key} {failures[-1].detail}; "
+                f"{self.name}: {self.skipped} of {self.seen} records are unusable ({self.summary()}), more than "
+                f"the {self.max_share:.1%} allowed; last: {failures[-1].key} {failures[-1].detail}; "
                 "mend the data or raise max_bad_share"
             )
 
@@ -77,8 +77,8 @@ class SkipCounter:
 class Pixels:
     """Decoded images by index, kept in memory while there is room.
 
-    With `shortest`, images are scaled down to that shorter side before anything else, kept or not, so what a run
-    sees does not depend on what happened to be in memory.
+    With `shortest`, images are scaled down to that shorter side before anything else, kept or not, so what a
+    run sees does not depend on what happened to be in memory.
     """
 
     def __init__(self, shortest: int | None, limit_bytes: int, decode: Callable[[Any], np.ndarray]):

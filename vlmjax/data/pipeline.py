@@ -1,4 +1,4 @@
-"""Sources to batches: for training endless, in an order that is a function of (seed, step); for evaluation one pass."""
+"""Sources to batches: for training endless, in an order set by (seed, step); for evaluation one pass."""
 
 import dataclasses
 import os
@@ -29,13 +29,13 @@ def default_threads() -> int:
 class TrainData:
     """Endless training batches, each a pure function of (seed, step).
 
-    Row r of step s is example permutation(seed, g // n)[g % n] with g = s * batch_size + r; its caption and its
-    augmentation come from a generator keyed by (seed, g). So the global batch is the same for any number of hosts
-    and threads, each epoch shows every example once, and starting at a step costs nothing.
+    Row r of step s is example permutation(seed, g // n)[g % n] with g = s * batch_size + r; its caption and
+    its augmentation come from a generator keyed by (seed, g). So the global batch is the same for any number
+    of hosts and threads, each epoch shows every example once, and starting at a step costs nothing.
 
-    A batch is a dict of arrays over this host's rows: pixel_values uint8 [b, h, w, 3], input_ids and attention_mask
-    int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot be used leaves a row of
-    zero pixels with the empty text and valid False.
+    A batch is a dict of arrays over this host's rows: pixel_values uint8 [b, h, w, 3], input_ids and
+    attention_mask int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot
+    be used leaves a row of zero pixels with the empty text and valid False.
 
     Attributes:
         step: the step of the next batch.
@@ -65,8 +65,8 @@ class TrainData:
 
         Args:
             source: the examples.
-            image_transform: `(uint8 [h, w, c], Generator) -> uint8 [*output_size, 3]` with `output_size`, such as
-                augment.TrainTransform.
+            image_transform: `(uint8 [h, w, c], Generator) -> uint8 [*output_size, 3]` with `output_size`,
+                such as augment.TrainTransform.
             tokenizer: see text.load.
             batch_size: of the global batch.
             rows: the rows of the global batch this host supplies; all by default.
@@ -78,8 +78,8 @@ class TrainData:
             captions: "random" draws one of an example's captions anew each time, "first" takes the first.
             background: colour behind transparent pixels.
             max_pixels: larger images are refused unread.
-            cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is small
-                and seen many times, where decoding would dominate.
+            cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
+                small and seen many times, where decoding would dominate.
             cache_bytes: bound of that memory.
 
         Raises:
@@ -89,7 +89,8 @@ class TrainData:
             raise DataError(f"captions={captions!r} is neither 'random' nor 'first'")
         if len(source) < batch_size:
             raise DataError(
-                f"{source.name} has {len(source)} examples, fewer than one batch of {batch_size}; lower the batch size"
+                f"{source.name} has {len(source)} examples, fewer than one batch of {batch_size}; "
+                "lower the batch size"
             )
         self.source, self.batch_size, self.seed, self.step = source, batch_size, seed, start_step
         self.skips = SkipCounter(source.name, max_bad_share)
@@ -175,7 +176,8 @@ class TrainData:
         """Go on from a saved state, on any number of hosts and threads.
 
         Raises:
-            DataError: the data, the seed or the batch size is not the saved run's, so "the same order" has no meaning.
+            DataError: the data, the seed or the batch size is not the saved run's, so "the same order" has no
+                meaning.
         """
         now = self.state
         changed = [name for name in now if name != "step" and name in state and state[name] != now[name]]
@@ -231,10 +233,10 @@ def eval_batches(
 class EvalData:
     """Batches of one pass, the same again each time it is iterated.
 
-    A batch holds over this host's rows: pixel_values uint8 [b, h, w, 3], valid bool [b] (False for unusable records
-    and for rows past the end), index int64 [b] (-1 past the end), key object [b] of str, captions object [b] of
-    tuples of str (all of them; empty where there are none), and, with a tokenizer, input_ids and attention_mask
-    int32 [b, t] of the first caption.
+    A batch holds over this host's rows: pixel_values uint8 [b, h, w, 3], valid bool [b] (False for unusable
+    records and for rows past the end), index int64 [b] (-1 past the end), key object [b] of str, captions
+    object [b] of tuples of str (all of them; empty where there are none), and, with a tokenizer, input_ids
+    and attention_mask int32 [b, t] of the first caption.
 
     Attributes:
         skips: counts of records that could not be used; rows past the end are no records.

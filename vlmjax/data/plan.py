@@ -9,7 +9,7 @@ _ROUNDS = 4
 
 
 def mix64(*values: int) -> int:
-    """Fold integers into one well-mixed unsigned 64-bit number (the finaliser of splitmix64, Steele et al. 2014)."""
+    """Fold integers into one well-mixed unsigned 64-bit number (splitmix64, Steele et al. 2014)."""
     state = 0
     for value in values:
         state = (state + (value & _MASK64) + 0x9E3779B97F4A7C15) & _MASK64
@@ -23,7 +23,8 @@ def permute(index: np.ndarray, n: int, seed: int, epoch: int) -> np.ndarray:
     """Where the permutation of [0, n) that belongs to (seed, epoch) sends each `index`.
 
     A balanced Feistel network over the smallest even number of bits that holds n - 1, walked again where it
-    leaves the range: a bijection of any size that needs no table, so position 10^9 costs the same as position 0.
+    leaves the range: a bijection of any size that needs no table, so position 10^9 costs the same as position
+    0.
 
     Args:
         index: integers in [0, n), any shape.
@@ -68,8 +69,8 @@ def permutation(seed: int, epoch: int, n: int) -> np.ndarray:
 def example_rng(seed: int, position: int, stream: int = 0) -> np.random.Generator:
     """The random numbers of the example at one global position, whoever decodes it and whenever.
 
-    Philox is counter-based (Salmon et al. 2011): the position goes in the high words of the counter, so no two
-    positions ever share a draw.
+    Philox is counter-based (Salmon et al. 2011): the position goes in the high words of the counter, so no
+    two positions ever share a draw.
     """
     key = mix64(seed, 0x76_6C_6D, stream)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position & _MASK64, 0]))
@@ -93,8 +94,8 @@ class Chunk:
 class Plan:
     """Random access to the chunks of one host, from `start_step` on, without end.
 
-    Global position g = step * batch_size + row reads example permutation(seed, g // n)[g % n]. A host owns the
-    contiguous `rows` of every global batch, so the global batch does not depend on the number of hosts.
+    Global position g = step * batch_size + row reads example permutation(seed, g // n)[g % n]. A host owns
+    the contiguous `rows` of every global batch, so the global batch does not depend on the number of hosts.
     """
 
     n: int
@@ -133,7 +134,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class OnePass:
-    """Random access to the chunks of one ordered pass over n examples, the last batch padded with index -1."""
+    """Random access to the chunks of one ordered pass over n examples, padded with index -1."""
 
     n: int
     batch_size: int

@@ -11,7 +11,7 @@ import numpy as np
 from vlmjax.data import files, folder
 from vlmjax.data.folder import Subset
 from vlmjax.data.record import Record
-from vlmjax.data.scenes import open_scenes
+from vlmjax.data.scenes import Scenes, open_scenes
 from vlmjax.data.webdataset import TarSource
 from vlmjax.errors import DataError
 
@@ -75,7 +75,7 @@ def open_source(
     spec: Specification,
     *,
     seed: int = 0,
-    image_size: int = 64,
+    image_size: int | Sequence[int] = 64,
     exclude: str | None = None,
     keep: Callable[[str], bool] | None = None,
     image_column: str | None = None,
@@ -91,8 +91,9 @@ def open_source(
             `x-{00000..01242}.tar`, `x-*.tar.gz`, `gs://.../x.tar`: webdataset shards;
             `table.jsonl`, `.csv`, `.tsv`: image paths with captions;
             a folder: its shards, its table, or its images with text files beside them.
-        seed, image_size: for the drawn scenes.
-        exclude: a regular expression; examples whose key it matches (`re.search`) are left out.
+        seed, image_size: for the drawn scenes; of (height, width) the larger counts, scenes are square.
+        exclude: a regular expression; examples whose key it matches (`re.search`) are left out. Not applied to
+            drawn scenes, nor is `keep`: their keys say nothing.
         keep: examples for whose key it returns false are left out.
         image_column, caption_columns, image_root: for tables whose columns have unusual names.
         cache: where shards are unpacked and downloaded; see `files.cache_folder`.
@@ -107,9 +108,10 @@ def open_source(
     if not parts:
         raise DataError("no data given: name shards, a table, a folder, or 'scenes'")
     table = {"image_column": image_column, "caption_columns": caption_columns, "root": image_root}
-    sources = [_open_part(part, seed, image_size, table, cache) for part in parts]
-    source = sources[0] if len(sources) == 1 else Concat(sources)
-    return _filtered(source, exclude, keep)
+    side = image_size if isinstance(image_size, int) else max(image_size)
+    sources = [_open_part(part, seed, side, table, cache) for part in parts]
+    sources = _filtered(sources, exclude, keep)
+    return sources[0] if len(sources) == 1 else Concat(sources)
 
 
 def split_spec(spec: str) -> list[str]:
@@ -151,17 +153,28 @@ def _listing(path: str) -> list[str]:
     return sorted(os.path.join(path, name) for name in os.listdir(path))
 
 
-def _filtered(source: Source, exclude: str | None, keep: Callable[[str], bool] | None) -> Source:
-    if exclude is None and keep is None:
-        return source
+def _filtered(sources: list[Source], exclude: str | None, keep: Callable[[str], bool] | None) -> list[Source]:
+    """The sources without the examples that the two filters leave out, and without sources left empty."""
+    if not exclude and keep is None:
+        return sources
     try:
         pattern = re.compile(exclude) if exclude else None
     except re.error as error:
         raise DataError(f"exclude={exclude!r} is not a regular expression: {error}") from error
-    keys = [key_of(source, i) for i in range(len(source))]
-    wanted = [not (pattern and pattern.search(key)) and (keep is None or keep(key)) for key in keys]
-    if not any(wanted):
-        raise DataError(
-            f"{source.name}: none of {len(keys)} keys (such as {keys[0]!r}) is left after exclude={exclude!r}"
-        )
-    return source if all(wanted) else Subset(source, np.flatnonzero(wanted))
+
+    def wanted(key: str) -> bool:
+        return not (pattern and pattern.search(key)) and (keep is None or keep(key))
+
+    left, example = [], ""
+    for source in sources:
+        if isinstance(source, Scenes):
+            left.append(source)
+            continue
+        rows = [i for i in range(len(source)) if wanted(key_of(source, i))]
+        example = key_of(source, 0)
+        if rows:
+            left.append(source if len(rows) == len(source) else Subset(source, np.array(rows, np.int64)))
+    if not left:
+        names = " + ".join(source.name for source in sources)
+        raise DataError(f"{names}: no example (keys such as {example!r}) is left after exclude={exclude!r}")
+    return left

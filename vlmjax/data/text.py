@@ -16,8 +16,8 @@ from vlmjax.errors import DataError
 _log = logging.getLogger(__name__)
 _CACHED_TEXTS = 200_000
 _FILES = (
-    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt vocab.txt "
-    "tokenizer.model spiece.model sentencepiece.bpe.model config.json chat_template.jinja"
+    "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
+    "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model config.json chat_template.jinja"
 ).split()
 # What a bare tokenizer.json does not say: which of its special tokens play which part, best guess first.
 _ROLES = {
@@ -28,10 +28,10 @@ _ROLES = {
 
 
 class Tokenizer:
-    """A tokenizer at one length: `tokenizer(["a cat"]) -> {"input_ids", "attention_mask"}`, int32 [batch, length].
+    """A tokenizer at one length: `tokenizer(["a cat"]) -> {"input_ids", "attention_mask"}`, int32.
 
-    Longer texts are cut as transformers cuts them, which keeps the closing token; `truncated` counts them. Safe to
-    call from many threads: the settings of the underlying tokenizer are fixed when it is built.
+    Longer texts are cut as transformers cuts them, which keeps the closing token; `truncated` counts them.
+    Safe to call from many threads: the settings of the underlying tokenizer are fixed when it is built.
 
     Attributes:
         max_length: every row has this many ids.
@@ -66,7 +66,7 @@ class Tokenizer:
         self.texts = self.truncated = 0
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
-        """Encode texts: `input_ids` and `attention_mask` (1 on real tokens), int32 [len(texts), max_length]."""
+        """Encode texts: `input_ids` and `attention_mask` (1 on tokens), int32 [len(texts), max_length]."""
         rows = self._rows(texts)
         ids = np.full((len(rows), self.max_length), self.pad_token_id, np.int32)
         mask = np.zeros_like(ids)
@@ -108,7 +108,7 @@ class Tokenizer:
         return [self._backend.id_to_token(int(i)) or "" for i in ids]
 
     def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write a folder that `load` and transformers read: the original files, or what transformers writes."""
+        """Write a folder that `load` and transformers read."""
         os.makedirs(folder, exist_ok=True)
         if self._hf is not None:
             self._hf.save_pretrained(str(folder))
@@ -131,9 +131,9 @@ class Tokenizer:
 def load(folder_or_id: str | os.PathLike[str], max_length: int = 77) -> Tokenizer:
     """Open a tokenizer: a folder in Hugging Face's layout, a folder of bare vocabulary files, or a hub id.
 
-    A CLIP folder with its `tokenizer.json` is read by the `tokenizers` library alone; every other goes through
-    transformers, so that the rules of its class apply. Bare files work too: `tokenizer.json`, BERT's `vocab.txt`,
-    `vocab.json` with `merges.txt`, a sentencepiece `tokenizer.model`.
+    A CLIP folder with its `tokenizer.json` is read by the `tokenizers` library alone; every other goes
+    through transformers, so that the rules of its class apply. Bare files work too: `tokenizer.json`, BERT's
+    `vocab.txt`, `vocab.json` with `merges.txt`, a sentencepiece `tokenizer.model`.
 
     Raises:
         DataError: nothing readable there, or the length has no room for the special tokens.
@@ -144,7 +144,8 @@ def load(folder_or_id: str | os.PathLike[str], max_length: int = 77) -> Tokenize
         tokenizer = _load_folder(path, names, max_length)
     elif path.exists() or str(folder_or_id).startswith((".", "/", "~")):
         raise DataError(
-            f"no tokenizer folder at {folder_or_id}; give a folder or a hub id such as {'openai/clip-vit-base-patch32'!r}"
+            f"no tokenizer folder at {folder_or_id}; "
+            "give a folder or a hub id such as openai/clip-vit-large-patch14"
         )
     else:
         tokenizer = _from_transformers(str(folder_or_id), max_length)
@@ -233,7 +234,8 @@ def _from_transformers(name: str, max_length: int) -> Tokenizer:
 def _wrap(hf: Any, max_length: int) -> Tokenizer:
     if not getattr(hf, "is_fast", False):
         raise DataError(
-            f"tokenizer {hf.name_or_path!r} ({type(hf).__name__}) has no fast form; convert it to tokenizer.json"
+            f"tokenizer {hf.name_or_path!r} ({type(hf).__name__}) has no fast form; "
+            "save it with its tokenizer.json"
         )
     return Tokenizer(
         hf.backend_tokenizer,

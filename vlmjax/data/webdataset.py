@@ -53,8 +53,8 @@ class _Window:
 def members(path: str) -> Iterator[Member]:
     """The regular files of a tar in order: ustar, GNU long names and big sizes, pax names and sizes.
 
-    Links, folders and devices are passed over; nothing is ever unpacked to a path. A tar that stops in the middle
-    or is damaged gives the members before the damage and a warning in the log.
+    Links, folders and devices are passed over; nothing is ever unpacked to a path. A tar that stops in the
+    middle or is damaged gives the members before the damage and a warning in the log.
 
     Raises:
         DataError: the file does not begin with a tar header.
@@ -83,7 +83,7 @@ def _members(path: str, window: _Window, length: int) -> Iterator[Member]:
         if kind == b"L":
             long_name = window.read(start, size).rstrip(b"\0").decode("utf-8", "replace")
         elif kind == b"x":
-            pax = _pax(window.read(start, size))
+            pax = _pax(path, window.read(start, size))
         elif kind != b"g":
             size = int(pax.get("size", size))
             if kind in _REGULAR:
@@ -110,12 +110,15 @@ def _number(field: bytes) -> int:
     return int(field.split(b"\0")[0].strip() or b"0", 8)
 
 
-def _pax(data: bytes) -> dict[str, str]:
+def _pax(path: str, data: bytes) -> dict[str, str]:
     """Records '<length> <key>=<value>\\n' of a pax header; the length counts itself."""
     out, position = {}, 0
     while position < len(data) and data[position : position + 1].isdigit():
-        space = data.index(b" ", position)
-        end = position + int(data[position:space])
+        number, found, _ = data[position : position + 20].partition(b" ")
+        if not found or not number.isdigit() or not len(number) < int(number) <= len(data) - position:
+            _log.warning("%s: damaged pax header %r passed over", path, data[:40])
+            return {}
+        space, end = position + len(number), position + int(number)
         key, _, value = data[space + 1 : end - 1].partition(b"=")
         out[key.decode("utf-8", "replace")] = value.decode("utf-8", "replace")
         position = end
@@ -244,7 +247,7 @@ class LazyMembers(dict):
 
 
 def image_extension(extensions: Sequence[str]) -> str | None:
-    """Which member is the image: a plain image extension first ('jpg'), else one that ends so ('input.png')."""
+    """Which member is the image: a plain image extension first ('jpg'), else one ending so ('input.png')."""
     plain = [e for e in extensions if e in IMAGE_EXTENSIONS]
     ending = [e for e in extensions if e.rpartition(".")[2] in IMAGE_EXTENSIONS]
     return (plain or ending or [None])[0]
