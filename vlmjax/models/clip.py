@@ -34,11 +34,10 @@ class ClipConfig:
             raise RecipeError(f"ClipConfig.projection_dim is {self.projection_dim}; give a positive number")
 
 
-def _projection(width: int, features: int) -> nn.Dense:
+def _projection(width: int, features: int, name: str | None = None) -> nn.Dense:
     # Std width^-0.5 as in openai/CLIP's initialize_parameters. One row per example: float32 is free.
-    return nn.Dense(
-        features, use_bias=False, dtype=jnp.float32, kernel_init=nn.initializers.normal(width**-0.5)
-    )
+    init = nn.initializers.normal(width**-0.5)
+    return nn.Dense(features, use_bias=False, dtype=jnp.float32, kernel_init=init, name=name)
 
 
 class Clip(nn.Module):
@@ -147,7 +146,7 @@ class ClipVision(nn.Module):
         out = Vit(self.config, name="vision_model")(pixel_values, train=train)
         embeds = None
         if self.projection_dim is not None:
-            project = _projection(self.config.width, self.projection_dim).clone(name="visual_projection")
+            project = _projection(self.config.width, self.projection_dim, "visual_projection")
             embeds = project(out.pooler_output)
         return VisionOutput(out.last_hidden_state, out.pooler_output, embeds)
 
@@ -171,7 +170,7 @@ class ClipText(nn.Module):
         out = Text(self.config, name="text_model")(input_ids, attention_mask, position_ids, train=train)
         embeds = None
         if self.projection_dim is not None:
-            project = _projection(self.config.width, self.projection_dim).clone(name="text_projection")
+            project = _projection(self.config.width, self.projection_dim, "text_projection")
             embeds = project(out.pooler_output)
         return TextOutput(out.last_hidden_state, out.pooler_output, embeds)
 
