@@ -174,7 +174,8 @@ def _load(
 ) -> np.ndarray:
     """Read the part `index` of a parameter. Transposes are views, so only that part's pages are touched."""
     if row.layers is None:
-        return row.transform.from_hf(weights[sources[0]])[index].astype(dtype, order="C")
+        part = row.transform.from_hf(weights[sources[0]])[index]
+        return np.asarray(part, dtype, order="C", copy=True)  # a copy: the file must not be held open by jax
     layers = range(shape[0])[index[0]]
     sizes = [len(range(size)[part]) for size, part in zip(shape[1:], index[1:], strict=True)]
     out = np.empty((len(layers), *sizes), dtype)
