@@ -5,7 +5,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-Series = Mapping[str, Sequence[tuple[float, float]]]
+Number = int | float
+Line = Sequence[tuple[Number, Number]]
+Series = Mapping[str, Line]
 
 WIDTH, HEIGHT = 400, 210
 LEFT, RIGHT, TOP, BOTTOM = 48, 12, 10, 26
@@ -16,7 +18,7 @@ def line_chart(
     series: Series,
     *,
     percent: bool = False,
-    baselines: Mapping[str, float] | None = None,
+    baselines: Mapping[str, Number] | None = None,
     smooth: bool = True,
 ) -> str:
     """One chart as an `<svg>`.
@@ -53,18 +55,18 @@ def line_chart(
 class Scale(NamedTuple):
     """Where values stand on the picture; the y axis is linear or logarithmic."""
 
-    x_low: float
-    x_high: float
-    y_low: float
-    y_high: float
+    x_low: Number
+    x_high: Number
+    y_low: Number
+    y_high: Number
     log: bool
 
-    def x(self, value: float) -> float:
+    def x(self, value: Number) -> Number:
         """Horizontal place; in the middle when there is only one."""
         wide = self.x_high - self.x_low
         return LEFT + ((value - self.x_low) / wide if wide else 0.5) * (WIDTH - LEFT - RIGHT)
 
-    def y(self, value: float) -> float:
+    def y(self, value: Number) -> Number:
         """Vertical place, from the top."""
         low, high = self.y_low, self.y_high
         if self.log:
@@ -72,7 +74,7 @@ class Scale(NamedTuple):
         return HEIGHT - BOTTOM - (value - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
 
 
-def _frame(scale: Scale, ticks: Sequence[float], percent: bool) -> list[str]:
+def _frame(scale: Scale, ticks: Sequence[Number], percent: bool) -> list[str]:
     """Grid lines, numbers on both axes, and the base line."""
     parts = []
     for tick in ticks:
@@ -86,25 +88,25 @@ def _frame(scale: Scale, ticks: Sequence[float], percent: bool) -> list[str]:
     return [*parts, _across(HEIGHT - BOTTOM, "axis")]
 
 
-def _across(y: float, classes: str) -> str:
+def _across(y: Number, classes: str) -> str:
     return f'<line class="{classes}" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
 
 
-def _text(x: float, y: float, anchor: str, text: str) -> str:
+def _text(x: Number, y: Number, anchor: str, text: str) -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{text}</text>'
 
 
-def _dot(name: str, x: float, y: float, scale: Scale, colour: str, percent: bool) -> str:
+def _dot(name: str, x: Number, y: Number, scale: Scale, colour: str, percent: bool) -> str:
     title = f"{html.escape(name)}, step {short(x)}: {_label(y, percent, exact=True)}"
     place = f'cx="{scale.x(x):.1f}" cy="{scale.y(y):.1f}"'
     return f'<circle class="{colour}" {place} r="2.6"><title>{title}</title></circle>'
 
 
-def _broken(x: float) -> str:
+def _broken(x: Number) -> str:
     return f'<path class="broken" d="M{x:.1f} {HEIGHT - BOTTOM}l-4 7h8z"><title>not finite</title></path>'
 
 
-def _polylines(line: Sequence[tuple[float, float]], scale: Scale, classes: str) -> list[str]:
+def _polylines(line: Line, scale: Scale, classes: str) -> list[str]:
     """The line in pieces, cut where a value is not finite."""
     pieces: list[list[str]] = [[]]
     for x, y in line:
@@ -116,12 +118,12 @@ def _polylines(line: Sequence[tuple[float, float]], scale: Scale, classes: str) 
     return [f'<polyline class="line {classes}" points="{points}"/>' for points in lines]
 
 
-def log_scale(values: Sequence[float]) -> bool:
+def log_scale(values: Sequence[Number]) -> bool:
     """Whether a logarithmic axis shows these values better: all positive and spread over more than 1 : 30."""
     return min(values) > 0 and max(values) / min(values) > 30
 
 
-def thin(line: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+def thin(line: Line, most: int = MOST_POINTS) -> list[tuple[Number, Number]]:
     """At most about `most` points: of each stretch the lowest and highest, so that spikes stay."""
     if len(line) <= most:
         return list(line)
@@ -137,7 +139,7 @@ def thin(line: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[t
     return out
 
 
-def moving_average(line: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+def moving_average(line: Line) -> list[tuple[Number, Number]]:
     """Mean over a centred window of a fortieth of the line; values that are not finite are left out."""
     half = max(2, len(line) // 80)
     out = []
@@ -147,7 +149,7 @@ def moving_average(line: Sequence[tuple[float, float]]) -> list[tuple[float, flo
     return out
 
 
-def _axis(values: Sequence[float], percent: bool, log: bool) -> tuple[float, float, list[float]]:
+def _axis(values: Sequence[Number], percent: bool, log: bool) -> tuple[Number, Number, list[Number]]:
     low, high = min(values), max(values)
     if log:
         first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
@@ -169,7 +171,7 @@ def _axis(values: Sequence[float], percent: bool, log: bool) -> tuple[float, flo
     return low, high, ticks
 
 
-def _x_ticks(low: float, high: float) -> list[float]:
+def _x_ticks(low: Number, high: Number) -> list[Number]:
     if low == high:
         return [low]
     step = max(1.0, nice_step((high - low) / 5))
@@ -177,13 +179,13 @@ def _x_ticks(low: float, high: float) -> list[float]:
     return [i * step for i in range(first, int(high // step) + 1)]
 
 
-def nice_step(rough: float) -> float:
+def nice_step(rough: Number) -> Number:
     """The next of 1, 2, 2.5, 5, 10 times a power of ten."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(m * power for m in (1, 2, 2.5, 5, 10) if m * power >= rough * 0.999)
 
 
-def _label(value: float, percent: bool, *, exact: bool = False) -> str:
+def _label(value: Number, percent: bool, *, exact: bool = False) -> str:
     if not percent:
         return short(value)
     digits = 2 if exact and abs(value) < 0.1 else 1 if exact or 0 < abs(value) < 0.01 else 0
@@ -191,7 +193,7 @@ def _label(value: float, percent: bool, *, exact: bool = False) -> str:
     return f"{shown if float(shown) == round(value * 100, 9) or exact else f'{value * 100:.3g}'}%"
 
 
-def short(value: float) -> str:
+def short(value: Number) -> str:
     """A number in few characters: 0.0005 -> 5e-4, 1234567 -> 1.23M, 0.25 -> 0.25."""
     if not math.isfinite(value):
         return str(value)

@@ -58,7 +58,7 @@ def similarity(data: Mapping[str, Any]) -> str:
     return f'<div class="card">{"".join(parts)}</div>'
 
 
-def _picture(url: str, x: float, y: float, width: float, height: float) -> str:
+def _picture(url: str, x: int, y: int, width: int, height: int) -> str:
     size = f'width="{width}" height="{height}"'
     return f'<image x="{x}" y="{y}" {size} preserveAspectRatio="none" href="{url}"/>'
 

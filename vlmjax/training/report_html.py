@@ -2,14 +2,15 @@
 
 import datetime
 import html
+import logging
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmjax.evals.table import TITLES
 from vlmjax.training import report_figures
-from vlmjax.training.report_charts import line_chart, short
+from vlmjax.training.report_charts import Number, line_chart, short
 from vlmjax.training.report_style import CSS
 
 Rows = Sequence[Mapping[str, Any]]
@@ -23,8 +24,10 @@ CHARTS = (
     ("Logit scale", ("logit_scale",), False),
     ("Images per second", ("images_per_second",), False),
     ("Share of time waiting for data", ("data_wait_share",), True),
+    ("Model TFLOP per second", ("model_tflops_per_second",), False),
     ("Model FLOPs utilisation", ("mfu",), True),
 )
+_log = logging.getLogger(__name__)
 NOT_DRAWN = {"step", "examples", "epoch", "finite", "step_seconds"}
 
 
@@ -40,20 +43,17 @@ def page(
     environment: Mapping[str, Any],
 ) -> str:
     """The whole page; every part that has nothing to show is left out."""
+    fig = report_figures
     parts = [
         header(title, recipe, environment),
-        tiles(rows, results),
-        section(
-            "Results",
-            results_table(results),
-            "Fractions of queries or images, beside what guessing would give.",
-        ),
-        section("Training", curves(rows)),
-        section("Evaluation while training", evaluation_curves(rows, results), "Dashed: chance."),
-        section("Similarity", report_figures.similarity(similarity), report_figures.SIMILARITY_LEAD),
-        *[section(f"Retrieval · {r.get('name', '')}", report_figures.gallery(r)) for r in retrieval if r],
-        *[section(f"Zero-shot · {z.get('name', '')}", report_figures.confusion(z)) for z in zeroshot if z],
-        section("Recipe and environment", made_with(recipe, environment)),
+        section("", tiles, rows, results),
+        section("Results", results_table, results, lead="Fractions of queries or images, beside guessing."),
+        section("Training", curves, rows),
+        section("Evaluation while training", evaluation_curves, rows, results, lead="Dashed: chance."),
+        section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
+        *[section(f"Retrieval · {found.get('name', '')}", fig.gallery, found) for found in retrieval],
+        *[section(f"Zero-shot · {found.get('name', '')}", fig.confusion, found) for found in zeroshot],
+        section("Recipe and environment", made_with, recipe, environment),
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
     return (
@@ -64,12 +64,20 @@ def page(
     )
 
 
-def section(title: str, body: str, lead: str = "") -> str:
-    """A titled part of the page; nothing when its body is empty."""
-    if not body:
+def section(title: str, draw: Callable[..., str], *data: Any, lead: str = "") -> str:
+    """A titled part of the page, or nothing where `draw(*data)` has nothing to show.
+
+    Files of the run may hold anything by the time they are read; what cannot be drawn is left out with a
+    warning, because a report must not end a run.
+    """
+    try:
+        body = draw(*data)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        _log.warning("report: left out %s: %s: %s", title or draw.__name__, type(error).__name__, error)
         return ""
-    note = f'<p class="lead">{lead}</p>' if lead else '<p class="lead"></p>'
-    return f"<section><h2>{html.escape(title)}</h2>{note}{body}</section>"
+    if not body or not title:
+        return body
+    return f'<section><h2>{html.escape(title)}</h2><p class="lead">{lead}</p>{body}</section>'
 
 
 def header(title: str, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
@@ -150,7 +158,7 @@ def _used(result: Mapping[str, Any]) -> str:
     return f"{used:,}{more}"
 
 
-def _small(share: float) -> str:
+def _small(share: Number) -> str:
     """A share in percent with two digits that say something."""
     if share == 0 or share >= 0.01:
         return f"{share:.1%}"
@@ -203,7 +211,7 @@ def plot(
     series: Mapping[str, Any],
     *,
     percent: bool = False,
-    baselines: Mapping[str, float] | None = None,
+    baselines: Mapping[str, Number] | None = None,
 ) -> str:
     """A titled chart with its last value; several lines have theirs in a legend."""
     last = {name: line[-1][1] for name, line in series.items() if line}
@@ -259,7 +267,7 @@ def _value(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) and math.isfinite(value) else str(value)
 
 
-def _line(rows: Rows, key: str) -> list[tuple[float, float]]:
+def _line(rows: Rows, key: str) -> list[tuple[Number, Number]]:
     return [(row["step"], float(row[key])) for row in rows if _is_number(row.get(key))]
 
 

@@ -35,11 +35,12 @@ h3 { font-size: 14px; margin: 0; font-weight: 600; }
 .tile span { color: var(--soft); font-size: 13px; }
 .grid2 { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(330px, 100%), 1fr)); gap: 14px;
   }
-.plot { padding: 13px 14px 8px; min-width: 0; }
+.plot { padding: 13px 14px 8px; min-width: 0; display: flex; flex-direction: column; }
+.plot .chart { margin-top: auto; }
 .plot .head { display: flex; justify-content: space-between; align-items: baseline; gap: 12px; }
 .plot .head h3 { min-width: 0; overflow-wrap: anywhere; }
 .plot .now, .legend b { color: var(--ink); font-size: 13px; white-space: nowrap; font-weight: 500; }
-.legend { display: flex; flex-wrap: wrap; gap: 2px 14px; font-size: 12.5px; color: var(--soft);
+.legend { display: flex; flex-wrap: wrap; gap: 2px 11px; font-size: 12.5px; color: var(--soft);
   margin-top: 1px; min-height: 19px; }
 .legend i { display: inline-block; width: 14px; height: 3px; border-radius: 2px; vertical-align: 4px;
   margin-right: 5px; }
