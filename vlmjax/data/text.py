@@ -113,6 +113,8 @@ class Tokenizer:
         if self._hf is not None:
             self._hf.save_pretrained(str(folder))
             return
+        if not os.path.isdir(self._folder or ""):
+            raise DataError(f"the tokenizer cannot be saved: its own folder {self._folder} is gone")
         for name in _FILES:
             source = os.path.join(self._folder or "", name)
             if name != "config.json" and os.path.isfile(source):

@@ -1,8 +1,10 @@
 """The folder of one run: its small files, on a disk or in a bucket, written by one process."""
 
+import atexit
 import json
 import math
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,8 +30,9 @@ class Workdir:
             self.local = Path(self.root).expanduser().resolve()
             _make(self.local)
         else:
-            self._mirror = tempfile.TemporaryDirectory(prefix="vlmjax-")
-            self.local = Path(self._mirror.name)
+            # Kept until the process ends: a tokenizer read from here is copied from here when a model is saved.
+            self.local = Path(tempfile.mkdtemp(prefix="vlmjax-"))
+            atexit.register(shutil.rmtree, self.local, ignore_errors=True)
             self._fetch()
         self._sent: dict[str, float] = {}
 
