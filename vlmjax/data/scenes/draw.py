@@ -17,7 +17,7 @@ TEXT_SAMPLES = 4  # letters are drawn this many times larger and averaged down, 
 
 def render(world: World, image_size: int) -> np.ndarray:
     """Draw `world` as uint8 `[image_size, image_size, 3]`, RGB, anti-aliased."""
-    canvas = _background(world.background, image_size)
+    canvas = background(world.background, image_size)
     drawn = [(thing, group) for group in world.groups for thing in group.things]
     # Larger first: what lies inside a frame stays visible.
     for thing, group in sorted(drawn, key=lambda pair: -pair[0].diameter):
@@ -68,16 +68,16 @@ def _stamp(
         patch += _channels(second) * other
 
 
-def _background(background: Background, size: int) -> np.ndarray:
+def background(of: Background, size: int) -> np.ndarray:
     """Float32 `[3, size, size]`: the two ends of the tone blended by the pattern, turned or mirrored."""
-    blend = _blend(background.pattern, size)
-    if background.turn & 1:
+    blend = _blend(of.pattern, size)
+    if of.turn & 1:
         blend = blend.T
-    if background.turn & 2:
+    if of.turn & 2:
         blend = blend[::-1]
-    if background.turn & 4:
+    if of.turn & 4:
         blend = blend[:, ::-1]
-    low, high = v.TONES[background.tone]
+    low, high = v.TONES[of.tone]
     base = _channels(low)
     return base + (_channels(high) - base) * blend
 
@@ -118,7 +118,7 @@ def _ripple(phase: np.ndarray) -> np.ndarray:
 def _noise(x: np.ndarray, y: np.ndarray, cells: int, number: int) -> np.ndarray:
     """Smooth noise: random heights on a lattice of `cells`, blended between."""
     dice = Dice(0, 255, number)
-    lattice = np.array([[dice.between(0, 1) for _ in range(cells + 2)] for _ in range(cells + 2)])
+    lattice = np.array([[dice.between(0.0, 1.0) for _ in range(cells + 2)] for _ in range(cells + 2)])
     column, row = np.floor(x * cells).astype(int), np.floor(y * cells).astype(int)
     a, b = x * cells - column, y * cells - row
     a, b = a * a * (3 - 2 * a), b * b * (3 - 2 * b)

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from vlmjax.data.scenes import shapes
-from vlmjax.data.scenes.layout import CENTRE_UNIT, Rect
+from vlmjax.data.scenes import vocabulary as v
+from vlmjax.data.scenes.layout import Rect
 from vlmjax.data.scenes.world import Group, Thing, World
 
 INVERSE = {
@@ -25,8 +26,6 @@ PLACES = {
     (0, 1): "at the bottom",
     (1, 1): "in the lower right",
 }
-STEPS = {"still": (0, 0), "left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
-REACH = 0.25  # how far a moving group goes between t = 0 and t = 1
 
 
 def thing_box(thing: Thing, group: Group) -> Rect:
@@ -79,17 +78,11 @@ def relation(a: Group, b: Group) -> str | None:
 
 
 def moved(world: World, t: float) -> World:
-    """`world` at time `t` (0 to 1): each group drifts by its motion until it would leave the canvas."""
+    """`world` at time `t` (0 to 1): each group has gone the share `t` of its way."""
     groups = []
     for group in world.groups:
-        step_x, step_y = STEPS[group.motion]
-        box = group_box(group)
-        shift_x = min(max(step_x * REACH * t, -box.left), 1 - box.right)
-        shift_y = min(max(step_y * REACH * t, -box.top), 1 - box.bottom)
-        # A box that sticks out by a hair must not pull a still group inwards.
-        shift_x, shift_y = shift_x * abs(step_x), shift_y * abs(step_y)
-        shift_x = round(shift_x / CENTRE_UNIT) * CENTRE_UNIT
-        shift_y = round(shift_y / CENTRE_UNIT) * CENTRE_UNIT
+        across, down = v.STEPS.get(group.motion, (0, 0))
+        shift_x, shift_y = across * group.reach * t, down * group.reach * t
         things = tuple(replace(thing, x=thing.x + shift_x, y=thing.y + shift_y) for thing in group.things)
         groups.append(replace(group, things=things))
     return replace(world, groups=tuple(groups))

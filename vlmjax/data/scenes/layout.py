@@ -29,6 +29,21 @@ class Rect(NamedTuple):
         return self.bottom - self.top
 
 
+def overlap(a: Rect, b: Rect) -> bool:
+    """Whether two rectangles share more than an edge."""
+    return a.left < b.right and b.left < a.right and a.top < b.bottom and b.top < a.bottom
+
+
+def on_canvas(rect: Rect) -> bool:
+    """Whether the whole rectangle can be seen."""
+    return rect.left >= 0 and rect.top >= 0 and rect.right <= 1 and rect.bottom <= 1
+
+
+def swept(rect: Rect, x: float, y: float) -> Rect:
+    """What a rectangle covers on its way by `(x, y)`."""
+    return Rect(rect.left + min(x, 0), rect.top + min(y, 0), rect.right + max(x, 0), rect.bottom + max(y, 0))
+
+
 # For each count: (columns, rows, cells as (column, row)), fractions of a cell allowed.
 ARRANGEMENTS: dict[int, tuple[tuple[int, int, tuple[tuple[float, float], ...]], ...]] = {
     1: ((1, 1, ((0, 0),)),),
@@ -111,7 +126,7 @@ def centres(region: Rect, count: int, diameter: float, dice: Dice) -> list[tuple
     slack_x, slack_y = loose * (width - diameter * ROOM) / 2, loose * (height - diameter * ROOM) / 2
     result = []
     for column, row in cells:
-        x = region.left + (column + 0.5) * width + slack_x * dice.between(-1, 1)
-        y = region.top + (row + 0.5) * height + slack_y * dice.between(-1, 1)
+        x = region.left + (column + 0.5) * width + slack_x * dice.between(-1.0, 1.0)
+        y = region.top + (row + 0.5) * height + slack_y * dice.between(-1.0, 1.0)
         result.append((round(x / CENTRE_UNIT) * CENTRE_UNIT, round(y / CENTRE_UNIT) * CENTRE_UNIT))
     return result

@@ -46,7 +46,7 @@ def _round_corners(number: int, radius: float, start: float) -> tuple[tuple[floa
 
 @functools.cache
 def _star_corners(outer: float, inner: float) -> tuple[tuple[float, float], ...]:
-    tips, dents = _round_corners(5, outer, -90), _round_corners(5, inner, -54)
+    tips, dents = _round_corners(5, outer, -90.0), _round_corners(5, inner, -54.0)
     return tuple(corner for pair in zip(tips, dents, strict=True) for corner in pair)
 
 
@@ -54,13 +54,13 @@ def _heart(x: np.ndarray, y: np.ndarray) -> Field:
     # Two circles above a triangle.
     left, right = _circle(x, y, -0.44, -0.34, 0.53), _circle(x, y, 0.44, -0.34, 0.53)
     tip = polygon(x, y, ((-0.84, 0.0), (0.84, 0.0), (0.0, 0.9)))
-    middle = _circle(x, y, 0, 0, 0.5)  # fills the seam between the other three
+    middle = _circle(x, y, 0.0, 0.0, 0.5)  # fills the seam between the other three
     return np.minimum(np.minimum(left, right), np.minimum(middle, tip))
 
 
 def _flower(x: np.ndarray, y: np.ndarray) -> Field:
-    field = _circle(x, y, 0, 0, 0.45)
-    for cx, cy in _round_corners(6, 0.58, -90):
+    field = _circle(x, y, 0.0, 0.0, 0.45)
+    for cx, cy in _round_corners(6, 0.58, -90.0):
         field = np.minimum(field, _circle(x, y, cx, cy, 0.37))
     return field
 
@@ -71,7 +71,7 @@ _ARROW = ((0.98, 0.0), (0.12, -0.82), (0.12, -0.34), (-0.9, -0.34), (-0.9, 0.34)
 def field(shape: str, x: np.ndarray, y: np.ndarray) -> Field:
     """Distance of the points `(x, y)` to the edge of `shape`; an arrow points right."""
     if shape == "circle":
-        return _circle(x, y, 0, 0, 0.95)
+        return _circle(x, y, 0.0, 0.0, 0.95)
     if shape == "square":
         return _box(x, y, 0.8, 0.8) - 0.05
     if shape == "triangle":
@@ -81,13 +81,13 @@ def field(shape: str, x: np.ndarray, y: np.ndarray) -> Field:
     if shape == "heart":
         return _heart(x, y) - 0.02
     if shape == "hexagon":
-        return polygon(x, y, _round_corners(6, 0.96, 0)) - 0.03
+        return polygon(x, y, _round_corners(6, 0.96, 0.0)) - 0.03
     if shape == "cross":
         return np.minimum(_box(x, y, 0.9, 0.3), _box(x, y, 0.3, 0.9)) - 0.04
     if shape == "ring":
-        return np.abs(_circle(x, y, 0, 0, 0.72)) - 0.24
+        return np.abs(_circle(x, y, 0.0, 0.0, 0.72)) - 0.24
     if shape == "crescent":
-        return np.maximum(_circle(x, y, -0.05, 0, 0.98), -_circle(x, y, 0.42, -0.1, 0.78))
+        return np.maximum(_circle(x, y, -0.05, 0.0, 0.98), -_circle(x, y, 0.42, -0.1, 0.78))
     if shape == "arrow":
         return polygon(x, y, _ARROW) - 0.03
     if shape == "diamond":

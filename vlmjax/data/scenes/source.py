@@ -56,7 +56,7 @@ class Scene:
 
     @functools.cached_property
     def captions(self) -> tuple[str, ...]:
-        """Three to five true sentences, the most complete first, no two equal."""
+        """Two to five true sentences, the most complete first, no two equal."""
         return words.captions(self.world)
 
     @functools.cached_property
@@ -171,7 +171,7 @@ def seen_classes() -> tuple[str, ...]:
 
 
 class Scenes:
-    """A source of drawn scenes. Each depends on `(seed, i, split, style)` only and is drawn when asked for."""
+    """A source of drawn scenes. Each depends on `(seed, i, split, style)` and is drawn when asked for."""
 
     def __init__(
         self,

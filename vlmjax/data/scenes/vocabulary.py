@@ -73,7 +73,8 @@ WORDS = tuple(
 WORD_COLOURS = ("black", "red", "blue", "green", "purple", "brown")  # of the letters, on a white card
 
 COUNTS = ("no", "one", "two", "three", "four", "five", "six")
-MOTIONS = ("still", "left", "right", "up", "down")
+STEPS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # of moving groups
+MOTIONS = ("still", *STEPS)
 
 # A pair is held out when (colour number - shape number) mod 12 is one of these. Three of twelve diagonals:
 # each shape lacks three colours in training and each colour three shapes; no two shapes lack the same three.

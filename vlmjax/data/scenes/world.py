@@ -11,6 +11,7 @@ from vlmjax.data.scenes import vocabulary as v
 from vlmjax.data.scenes.dice import Dice
 
 COUNT_WEIGHTS = (50, 20, 15, 10, 8, 7)  # of groups of one, two, ... six things
+REACHES = (0.3, 0.2, 0.1)  # how far a group may move; the first that is clear
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,8 @@ class Group:
     size: str
     direction: str
     rgb: tuple[int, int, int]  # the colour with a little variation
-    motion: str  # one of MOTIONS, what `moved` does to it
+    motion: str  # one of MOTIONS: where `moved` takes it, over a clear stretch
+    reach: float  # how far it goes from t = 0 to t = 1
     things: tuple[Thing, ...]
 
     @property
@@ -131,7 +133,8 @@ def _group(number: int, pair: tuple[str, str], region: layout.Rect, most: int, d
         size=size,
         direction=dice.pick(v.DIRECTIONS) if shape == "arrow" else "",
         rgb=_jitter(colour, dice),
-        motion=dice.pick_weighted(v.MOTIONS, (2, 1, 1, 1, 1)),
+        motion="still",
+        reach=0.0,
         things=things,
     )
 
@@ -152,6 +155,42 @@ def _can_hold(outer: Group, inner: Group) -> bool:
         and outer.count == inner.count == 1
         and inner.colour in v.CONTRASTING_COLOURS[outer.colour]
     )
+
+
+def _bounds(group: Group) -> layout.Rect:
+    """A box around a group that does not depend on shapes."""
+    radius = 1.15 * group.things[0].diameter / 2  # tips and tilted corners reach beyond the radius
+    xs, ys = [t.x for t in group.things], [t.y for t in group.things]
+    return layout.Rect(min(xs) - radius, min(ys) - radius, max(xs) + radius, max(ys) + radius)
+
+
+def _in_motion(groups: list[Group], word: Word | None, dice: Dice) -> list[Group]:
+    """Give each group a direction in which nothing is in its way, or none."""
+    taken = [_bounds(group) for group in groups]
+    if word is not None:
+        taken.append(layout.Rect(0, word.y - word.height / 2, 1, word.y + word.height / 2))
+    result = list(groups)
+    for k, group in enumerate(groups):
+        if dice.chance(20):
+            continue
+        others = taken[:k] + taken[k + 1 :]
+        for motion in dice.shuffled(v.MOTIONS[1:]):
+            reach = _clear(taken[k], v.STEPS[motion], others)
+            if reach:
+                across, down = v.STEPS[motion]
+                taken[k] = layout.swept(taken[k], across * reach, down * reach)
+                result[k] = replace(group, motion=motion, reach=reach)
+                break
+    return result
+
+
+def _clear(box: layout.Rect, step: tuple[int, int], others: list[layout.Rect]) -> float:
+    """How far `box` can go along `step` on the canvas and past no other box: one of REACHES, or 0."""
+    for reach in REACHES:
+        swept = layout.swept(box, step[0] * reach, step[1] * reach)
+        if layout.on_canvas(swept) and not any(layout.overlap(swept, other) for other in others):
+            return reach
+    return 0.0
 
 
 def _word(dice: Dice) -> tuple[Word | None, layout.Rect]:
@@ -205,4 +244,5 @@ def make_world(seed: int, index: int, split: str, style: str) -> World:
             if _can_hold(groups[outer], groups[inner]) and dice.chance(60):
                 groups[outer], groups[inner] = _nested(groups[outer], groups[inner])
                 break
-    return World(seed, index, split, style, tuple(groups), word, _background(groups, dice))
+    background = _background(groups, dice)
+    return World(seed, index, split, style, tuple(_in_motion(groups, word, dice)), word, background)

@@ -1,0 +1,45 @@
+"""Look at the drawn world: a contact sheet, or one scene as a picture with everything known about it."""
+
+import argparse
+import json
+
+from PIL import Image
+
+from vlmjax.data.scenes import scene
+from vlmjax.data.scenes.sheet import contact_sheet
+from vlmjax.data.scenes.vocabulary import SPLITS, STYLES
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Write the picture that the command line asks for."""
+    parser = argparse.ArgumentParser(prog="python -m vlmjax.data.scenes", description=__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--sheet", metavar="PNG", help="write a contact sheet of the whole world")
+    what.add_argument(
+        "--show", metavar="PNG", help="write one scene and print what is known about it as JSON"
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--index", type=int, default=0, help="number of the scene to show")
+    parser.add_argument("--split", choices=SPLITS, default="train")
+    parser.add_argument("--style", choices=STYLES, default="full")
+    parser.add_argument("--image-size", type=int, default=256)
+    options = parser.parse_args(arguments)
+    if options.sheet:
+        contact_sheet(options.seed).save(options.sheet, optimize=True)
+        return
+    one = scene(
+        options.seed, options.index, options.split, style=options.style, image_size=options.image_size
+    )
+    Image.fromarray(one.image).save(options.show)
+    known = {
+        "captions": one.captions,
+        "objects": [thing._asdict() for thing in one.objects],
+        "qa": [question._asdict() for question in one.qa],
+        "points": [point._asdict() for point in one.points],
+        "world": one.description(),
+    }
+    print(json.dumps(known, indent=1))
+
+
+if __name__ == "__main__":
+    main()
