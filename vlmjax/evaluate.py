@@ -72,6 +72,9 @@ def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
     else:
         model, params = hub.load(path)
         tokenizer, transform = hub.load_processor(path)
+        if tokenizer is None or transform is None:
+            lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
+            raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
     for method in ("encode_image", "encode_text"):
         if not hasattr(model, method):
             raise DataError(f"--model={path}: {type(model).__name__} has no {method}; both towers are needed")

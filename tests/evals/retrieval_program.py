@@ -1,0 +1,23 @@
+"""Retrieval on a shard by any number of processes; each writes the result it was given."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+
+from vlmjax import evaluate
+from vlmjax.evals.benchmark import Benchmark
+from vlmjax.evals.runner import Evaluator
+from vlmjax.sharding import distributed
+from vlmjax.sharding.mesh import make_mesh
+
+if __name__ == "__main__":
+    model_folder, shard, out = sys.argv[1:]
+    distributed.initialize()
+    mesh = make_mesh()
+    model, params, tokenizer, transform = evaluate.load_model(model_folder, mesh)
+    benchmark = Benchmark("r", "retrieval", shard, batch_size=8)
+    result = Evaluator(benchmark, model, tokenizer, transform, mesh).run(params)
+    found = {"devices": jax.device_count(), "details": sorted(result.details), **result.to_json()}
+    Path(out, f"{jax.process_index()}.json").write_text(json.dumps(found))
