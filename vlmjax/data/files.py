@@ -18,8 +18,7 @@ from typing import IO, Any
 
 from vlmjax.errors import DataError
 
-_BRACE_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_BRACE_LIST = re.compile(r"\{([^{}]*,[^{}]*)\}")
+_BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 _OPEN_FILES = 256  # well under the usual limit of 1,024 per process
 
@@ -37,17 +36,16 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
 
 def expand_braces(pattern: str) -> list[str]:
     """`{00000..00012}` and `{a,b}` written out, in order, width kept: 'x-{08..10}' -> x-08, x-09, x-10."""
-    match = _BRACE_RANGE.search(pattern)
-    if match:
-        first, last = match.groups()
+    match = _BRACES.search(pattern)
+    if not match:
+        return [pattern]
+    first, last, choices = match.groups()
+    if choices is not None:
+        middles = choices.split(",")
+    else:
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         step = 1 if int(last) >= int(first) else -1
         middles = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
-    else:
-        match = _BRACE_LIST.search(pattern)
-        if not match:
-            return [pattern]
-        middles = match.group(1).split(",")
     head, tail = pattern[: match.start()], pattern[match.end() :]
     return [path for middle in middles for path in expand_braces(head + middle + tail)]
 

@@ -36,6 +36,7 @@ _FORMATS = (
 )
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
 _JPEG_SHRINK = 4  # a baseline JPEG of up to 16 x max_pixels is decoded at a half or a quarter of its size
+_WHOLE_RESIZE = 1 << 24  # pixels: 50 MB
 _QUIET_PIL = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -177,7 +178,7 @@ def _pixels_given(pixels: np.ndarray, background: tuple[int, int, int], keep_alp
 def resize(
     pixels: np.ndarray,
     size: tuple[int, int],
-    box: tuple[float, float, float, float] | None = None,
+    box: tuple[float | int, ...] | None = None,
     resample: int = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
     """Antialiased resize of uint8 [h, w, 3 or 4], or its `box` (x0, y0, x1, y1), to `size` (height, width)."""
@@ -308,18 +309,18 @@ def resize_part(
     columns: tuple[int, int],
     resample: int = Image.Resampling.BICUBIC,
 ) -> np.ndarray:
-    """Rows and columns of `resize(pixels, size)` without making the rest: a 1 x 20000 image stays small.
+    """Rows and columns of `resize(pixels, size)`, without making the rest where that would be huge.
 
-    The kernel of every kept pixel falls on the same source pixels as in the full resize: a margin as wide as
-    the kernel is computed too and cut off again.
+    A strip of 1 x 20000 pixels scaled to a shorter side of 224 has a billion: there only the part wanted is made,
+    with a margin as wide as the kernel around it that is cut off again. Pillow keeps the place of the part in
+    single precision, which costs up to two grey levels; so ordinary images are resized whole.
     """
+    if size[0] * size[1] <= _WHOLE_RESIZE:
+        return resize(pixels, size, None, resample)[rows[0] : rows[1], columns[0] : columns[1]]
     (y0, y1, top), (x0, x1, left) = (
         _with_margin(*span, out, full)
         for span, out, full in ((rows, size[0], pixels.shape[0]), (columns, size[1], pixels.shape[1]))
     )
-    if (y0, y1, x0, x1) == (0, size[0], 0, size[1]):
-        whole = resize(pixels, size, None, resample)
-        return whole[rows[0] : rows[1], columns[0] : columns[1]]
     ys, xs = pixels.shape[0] / size[0], pixels.shape[1] / size[1]
     box = (x0 * xs, y0 * ys, min(x1 * xs, pixels.shape[1]), min(y1 * ys, pixels.shape[0]))
     part = resize(pixels, (y1 - y0, x1 - x0), box, resample)

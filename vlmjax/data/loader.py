@@ -1,6 +1,7 @@
 """The machine under the pipeline: chunks of a plan through grain's threads into batches, failures counted."""
 
 import logging
+import math
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,7 +37,10 @@ class SkipCounter:
     """
 
     def __init__(self, name: str, max_share: float):
-        """`max_share` of all records may be bad: judged from some hundred records on, or when all are bad."""
+        """`max_share` of all records may be bad.
+
+        Judged from some hundred records on and beyond what chance explains, or when all are bad.
+        """
         self.name, self.max_share = name, max_share
         self.seen, self.by_reason = 0, Counter()
 
@@ -55,8 +59,10 @@ class SkipCounter:
         for failure in failures:
             self.by_reason[failure.reason] += 1
             self._report(failure, self.by_reason[failure.reason])
-        share = self.skipped / max(self.seen, 1)
-        if failures and share > self.max_share and (self.seen >= _MIN_SEEN or share == 1.0):
+        allowed = self.max_share * self.seen
+        # Three standard deviations of a count about `allowed`: good data must not stop on a bad day.
+        too_many = self.seen >= _MIN_SEEN and self.skipped > allowed + 3 * math.sqrt(allowed)
+        if too_many or (failures and self.skipped == self.seen and self.max_share < 1):
             raise DataError(
                 f"{self.name}: {self.skipped} of {self.seen} records are unusable ({self.summary()}), more than "
                 f"the {self.max_share:.1%} allowed; last: {failures[-1].key} {failures[-1].detail}; "

@@ -95,7 +95,7 @@ class Tokenizer:
         return [found[text] for text in texts]
 
     def encode(self, text: str) -> list[int]:
-        """The ids of one text with its special tokens, neither padded nor counted."""
+        """The ids of one text with its special tokens, cut at the length, neither padded nor counted."""
         return self._rows([text])[0][0].tolist()
 
     def decode(self, ids: Sequence[int]) -> str:

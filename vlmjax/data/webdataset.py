@@ -67,11 +67,11 @@ def members(path: str) -> Iterator[Member]:
 
 
 def _members(path: str, window: _Window, length: int) -> Iterator[Member]:
-    position, found, long_name, pax = 0, 0, None, {}
+    position, found, ended, long_name, pax = 0, 0, False, None, {}
     while position + _BLOCK <= length:
         header = window.read(position, _BLOCK)
         if not header.strip(b"\0"):  # the mark of the end, or padding between concatenated tars
-            position += _BLOCK
+            position, ended = position + _BLOCK, True
             continue
         if not _checksum_is_right(header):
             if position == 0:
@@ -91,8 +91,8 @@ def _members(path: str, window: _Window, length: int) -> Iterator[Member]:
                 yield Member(pax.get("path") or long_name or _ustar_name(header), start, size)
             long_name, pax = None, {}
         position = start + -(-size // _BLOCK) * _BLOCK
-    if position > length + _BLOCK:
-        _log.warning("%s: cut off at byte %d, inside its last member", path, length)
+    if not ended:
+        _log.warning("%s: cut off at byte %d: it has no end mark; %d files found", path, length, found)
 
 
 def _checksum_is_right(header: bytes) -> bool:

@@ -1,0 +1,172 @@
+"""What a recipe's data line opens: patterns, tables, folders, mixtures, filters, and the errors."""
+
+import json
+
+import pytest
+from helpers import caption, encoded, picture, shard
+
+from vlmjax.data import files
+from vlmjax.data.sources import Source, open_source, split_spec
+from vlmjax.errors import BadRecord, DataError
+
+
+def test_braces():
+    assert files.expand_braces("x-{08..10}.tar") == ["x-08.tar", "x-09.tar", "x-10.tar"]
+    assert files.expand_braces("x-{9..11}") == ["x-9", "x-10", "x-11"]
+    assert files.expand_braces("{a,b}-{0..1}") == ["a-0", "a-1", "b-0", "b-1"]
+    assert files.expand_braces("{2..0}") == ["2", "1", "0"]
+    assert len(files.expand_braces("cc12m-{00000..01242}.tar")) == 1243
+    assert split_spec("a-{0,1}.tar, b.tar,") == ["a-{0,1}.tar", "b.tar"]
+
+
+def test_missing_data_says_what_is_there(tmp_path):
+    shard(tmp_path / "train-0001.tar", 0, 1)
+    with pytest.raises(DataError, match=r"trian-0001.*train-0001\.tar"):
+        open_source(str(tmp_path / "trian-0001.tar"))
+    with pytest.raises(DataError, match=r"nothing matches.*valid-\*"):
+        open_source(str(tmp_path / "valid-*.tar"))
+    with pytest.raises(DataError, match=r"train-0002\.tar \(and 1 more of its 3 files\)"):
+        open_source(str(tmp_path / "train-{0001..0003}.tar"))
+    with pytest.raises(DataError, match="there is no folder"):
+        open_source(str(tmp_path / "nowhere" / "x.tar"))
+    with pytest.raises(DataError, match="no data given"):
+        open_source("")
+    (tmp_path / "x.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"x\.zip: not a kind of data"):
+        open_source(str(tmp_path / "x.zip"))
+    with pytest.raises(DataError, match="holdout"):
+        open_source("scenes:holdout")
+
+
+def test_several_sources_and_filters(tmp_path):
+    shard(tmp_path / "a.tar", 0, 4)
+    shard(tmp_path / "b.tar", 4, 4)
+    both = open_source((str(tmp_path / "b.tar"), str(tmp_path / "a.tar")))
+    assert isinstance(both, Source)
+    assert [both[i].key for i in range(8)] == [f"{i:06d}" for i in (4, 5, 6, 7, 0, 1, 2, 3)]
+    spec = f"{tmp_path}/a.tar,{tmp_path}/b.tar"
+    some = open_source(spec, exclude="[135]$", keep=lambda key: key != "000002")
+    assert [some[i].key for i in range(len(some))] == ["000000", "000004", "000006", "000007"]
+    assert some.key(1) == "000004"
+    assert len({open_source(spec).fingerprint, both.fingerprint, some.fingerprint}) == 3
+    assert open_source(spec, exclude="[135]$").fingerprint == open_source(spec, exclude="[135]$").fingerprint
+    with pytest.raises(DataError, match="no example"):
+        open_source(spec, exclude="0")
+    with pytest.raises(DataError, match="not a regular expression"):
+        open_source(spec, exclude="(")
+    with pytest.raises(IndexError):
+        both[8]
+
+
+def test_folder_of_shards(tmp_path):
+    shard(tmp_path / "b.tar", 2, 2)
+    shard(tmp_path / "a.tar", 0, 2)
+    source = open_source(str(tmp_path))
+    assert [source[i].key for i in range(4)] == [f"{i:06d}" for i in range(4)]
+
+
+def _images(folder, count=3):
+    (folder / "img").mkdir()
+    for i in range(count):
+        (folder / "img" / f"{i}.png").write_bytes(encoded(picture(i)))
+
+
+def test_jsonl(tmp_path):
+    _images(tmp_path)
+    rows = [
+        {"file_name": "img/0.png", "caption": "zero", "licence": "x"},
+        {"file_name": "img/1.png", "caption": ["one", "uno"]},
+        {"file_name": "img/9.png", "caption": "gone"},
+        {"file_name": None, "caption": "none"},
+    ]
+    path = tmp_path / "metadata.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)) + "\n\nnot json\n", encoding="utf-8")
+    source = open_source(str(tmp_path))
+    assert len(source) == 5 and source[0].image == encoded(picture(0))
+    assert source[0].captions == ("zero",) and source[0].extra == {"licence": "x"}
+    assert source[1].captions == ("one", "uno") and source[1].key == "img/1.png"
+    for i, reason in ((2, "missing_file"), (3, "no_image"), (4, "bad_row")):
+        with pytest.raises(BadRecord) as caught:
+            source[i]
+        assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize(("name", "delimiter"), [("x.csv", ","), ("x.tsv", "\t")])
+def test_csv_and_tsv(tmp_path, name, delimiter):
+    _images(tmp_path)
+    lines = [["Filepath", "title", "n"], ["img/0.png", '"a, b"', "1"], ["img/1.png", "c", "2"]]
+    text = "\n".join(delimiter.join(line) for line in lines)
+    (tmp_path / name).write_text("\ufeff" + text, encoding="utf-8")
+    source = open_source(str(tmp_path / name))
+    assert [source[i].captions for i in range(2)] == [("a, b",), ("c",)]
+    assert source[1].extra == {"n": "2"}
+
+
+def test_lone_quotes_in_tsv(tmp_path):
+    _images(tmp_path)
+    (tmp_path / "x.tsv").write_text('image\tcaption\nimg/0.png\t5" wide\nimg/1.png\t"so\n', encoding="utf-8")
+    source = open_source(str(tmp_path / "x.tsv"))
+    assert [source[i].captions for i in range(len(source))] == [('5" wide',), ('"so',)]
+
+
+def test_columns_with_other_names(tmp_path):
+    _images(tmp_path)
+    (tmp_path / "x.csv").write_text("pic,de,en\n0.png,null,zero\n1.png,eins,one\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"no column for an image.*it has pic, de, en.*image_column"):
+        open_source(str(tmp_path / "x.csv"))
+    with pytest.raises(DataError, match="no column for a caption"):
+        open_source(str(tmp_path / "x.csv"), image_column="pic")
+    options = {"image_column": "pic", "caption_columns": ("de", "en"), "image_root": str(tmp_path / "img")}
+    source = open_source(str(tmp_path / "x.csv"), **options)
+    assert source[1].captions == ("eins", "one") and source[1].image == encoded(picture(1))
+    (tmp_path / "empty.csv").write_text("image,caption\n")
+    with pytest.raises(DataError, match="no rows"):
+        open_source(str(tmp_path / "empty.csv"))
+
+
+def test_images_with_text_beside(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    (tmp_path / "a.txt").write_text(caption(0))
+    (tmp_path / "sub" / "b.JPG").write_bytes(b"jpeg")
+    (tmp_path / "sub" / "b.json").write_text('{"captions": ["x", "y"]}')
+    source = open_source(str(tmp_path))
+    assert [(source[i].key, source[i].captions) for i in range(2)] == [
+        ("a", (caption(0),)),
+        ("sub/b", ("x", "y")),
+    ]
+    (tmp_path / "void").mkdir()
+    with pytest.raises(DataError, match="neither a table"):
+        open_source(str(tmp_path / "void"))
+    for name in ("one.jsonl", "two.csv"):
+        (tmp_path / "void" / name).write_text("x")
+    with pytest.raises(DataError, match=r"several tables \(one\.jsonl, two\.csv\)"):
+        open_source(str(tmp_path / "void"))
+
+
+def test_remote_shards(tmp_path):
+    fsspec = pytest.importorskip("fsspec")
+    memory = fsspec.filesystem("memory")
+    for i in range(2):
+        local = shard(tmp_path / "x.tar.gz", i * 3, 3, "w:gz")
+        memory.pipe(f"/bucket/x-{i}.tar.gz", local.read_bytes())
+    cache = str(tmp_path / "cache")
+    for spec in ("memory://bucket/x-{0..1}.tar.gz", "memory://bucket/x-*.tar.gz"):
+        source = open_source(spec, cache=cache)
+        assert [source[i].key for i in range(len(source))] == [f"{i:06d}" for i in range(6)]
+    with pytest.raises(DataError, match="cannot reach memory://bucket/y"):
+        open_source("memory://bucket/y.tar", cache=cache)
+    with pytest.raises(DataError, match="nothing matches"):
+        open_source("memory://bucket/y-*.tar", cache=cache)
+    with pytest.raises(DataError, match="install fsspec and its driver for nosuch"):
+        open_source("nosuch://bucket/y.tar", cache=cache)
+
+
+def test_scenes():
+    source = open_source("scenes", seed=3, image_size=(32, 48), exclude=".")
+    assert source[0].image.shape == (48, 48, 3) and len(source) > 1000
+
+
+def test_reference_table(shared_path):
+    source = open_source(str(shared_path("data/clip_pairs")))
+    assert len(source) == 8 and source[1].captions == ("a facial photo of a tabby cat",)
