@@ -38,8 +38,9 @@ def test_dependencies_are_those_imported():
 def test_readme_names_what_exists():
     for path in re.findall(r"[\w./-]*(?:configs|colabs|benchmarks|docs|launch|tests)/[\w./-]+\.\w+", README):
         assert (ROOT / path).is_file(), path
-    for name in re.findall(r"python -m vlmjax\.(\w+)", README):
-        assert (ROOT / "vlmjax" / f"{name}.py").is_file(), name
+    for name in re.findall(r"python -m (vlmjax[\w.]*)", README):
+        module = ROOT / name.replace(".", "/")
+        assert module.with_suffix(".py").is_file() or (module / "__main__.py").is_file(), name
     check_overrides(re.findall(r"--config\.\S+", README))
 
 
