@@ -173,6 +173,8 @@ def _family(config: Mapping[str, Any], wanted: str | None, path: Path) -> tuple[
     """Return the family to read a folder as, and which tensors of the folder's class stay behind."""
     kind = str(config.get("model_type"))
     found = (config.get("architectures") or [_BY_TYPE.get(kind, kind)])[0]
+    if not config.get("architectures") and wanted == f"{found}WithProjection":
+        found = wanted  # the two share a model_type, and nothing else in the file tells them apart
     wanted = wanted or (found if found in FAMILIES else _only_part_of(found)) or found
     if wanted not in FAMILIES:
         raise HubError(f"{path}: architecture {wanted} is not supported; {nearest(wanted, FAMILIES)}")

@@ -114,12 +114,16 @@ def write(
         (path / IMAGES).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if tokenizer is None:
         return
-    _save_tokenizer(tokenizer, path)
+    length = _towers(model)[1].max_length
+    tokenizer = _as_tokenizer(tokenizer, length)
+    if isinstance(tokenizer, text.Tokenizer):
+        tokenizer.save(path)
+    else:
+        tokenizer.save_pretrained(str(path))
     stated = _json(path / TOKENIZER)
     stated.setdefault("tokenizer_class", family.tokenizer)
     if family.processor is not None:
         stated["processor_class"] = family.processor
-    length = _towers(model)[1].max_length
     stated["model_max_length"] = min(stated.get("model_max_length", length), length)
     (path / TOKENIZER).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
@@ -155,8 +159,7 @@ def _check_tokenizer(family: Family, words: TextConfig | BertConfig | None, toke
         return
     if words is None:
         raise HubError(f"{family.architecture} has no text; leave out tokenizer")
-    if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = text.load(tokenizer, words.max_length)
+    tokenizer = _as_tokenizer(tokenizer, words.max_length)
     size = tokenizer.vocab_size if isinstance(tokenizer, text.Tokenizer) else len(tokenizer)
     if size > words.vocab_size:
         raise HubError(
@@ -170,12 +173,10 @@ def _check_tokenizer(family: Family, words: TextConfig | BertConfig | None, toke
         )
 
 
-def _save_tokenizer(tokenizer: Any, path: Path) -> None:
+def _as_tokenizer(tokenizer: Any, max_length: int) -> Any:
+    """Return our Tokenizer or one of transformers'."""
     if isinstance(tokenizer, (str, os.PathLike)):
-        tokenizer = text.load(tokenizer)
-    if isinstance(tokenizer, text.Tokenizer):
-        tokenizer.save(path)
-    elif hasattr(tokenizer, "save_pretrained"):
-        tokenizer.save_pretrained(str(path))
-    else:
-        raise HubError(f"tokenizer is a {type(tokenizer).__name__}; give a Tokenizer or a folder with one")
+        return text.load(tokenizer, max_length)
+    if isinstance(tokenizer, text.Tokenizer) or hasattr(tokenizer, "save_pretrained"):
+        return tokenizer
+    raise HubError(f"tokenizer is a {type(tokenizer).__name__}; give a Tokenizer or a folder with one")
