@@ -200,7 +200,7 @@ def short(value: Number) -> str:
     size = abs(value)
     if size == 0:
         return "0"
-    if size < 1e-3:
+    if size < 1e-2:
         mantissa, exponent = f"{value:.2e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
     for limit, divisor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):

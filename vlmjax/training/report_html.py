@@ -51,8 +51,8 @@ def page(
         section("Training", curves, rows),
         section("Evaluation while training", evaluation_curves, rows, results, lead="Dashed: chance."),
         section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
-        *[section(f"Retrieval · {found.get('name', '')}", fig.gallery, found) for found in retrieval],
-        *[section(f"Zero-shot · {found.get('name', '')}", fig.confusion, found) for found in zeroshot],
+        *[section(_heading("Retrieval", found), fig.gallery, found) for found in retrieval],
+        *[section(_heading("Zero-shot", found), fig.confusion, found) for found in zeroshot],
         section("Recipe and environment", made_with, recipe, environment),
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")
@@ -78,6 +78,12 @@ def section(title: str, draw: Callable[..., str], *data: Any, lead: str = "") ->
     if not body or not title:
         return body
     return f'<section><h2>{html.escape(title)}</h2><p class="lead">{lead}</p>{body}</section>'
+
+
+def _heading(kind: str, found: Mapping[str, Any]) -> str:
+    """The kind with the evaluation's name, unless they say the same."""
+    name = str(found.get("name", ""))
+    return kind if name.lower() == kind.lower().replace("-", "") else f"{kind} · {name}"
 
 
 def header(title: str, recipe: Mapping[str, Any], environment: Mapping[str, Any]) -> str:
@@ -175,7 +181,9 @@ def curves(rows: Rows) -> str:
         if series:
             plots.append(plot(title, series, percent=percent))
     for name in names:
-        if name not in drawn and not name.startswith("eval/"):
+        # A count that never moved, such as skipped records, is no news.
+        moved = any(y for _, y in _line(rows, name))
+        if moved and name not in drawn and not name.startswith("eval/"):
             plots.append(plot(_plain(name).capitalize(), {_plain(name): _line(rows, name)}))
     return f'<div class="grid2">{"".join(plots)}</div>' if plots else ""
 
