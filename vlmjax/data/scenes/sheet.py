@@ -65,7 +65,7 @@ class Sheet:
         for k, (pixels, paragraphs) in enumerate(zip(tiles, below, strict=True)):
             x = MARGIN + k * (TILE + GAP)
             self.tile(x, self.y, pixels)
-            ends.append(self.lines(x + 2, self.y + TILE + 10, paragraphs, 31))
+            ends.append(self.lines(x + 2, self.y + TILE + 10, paragraphs, 29))
         self.y = max(ends) + 16
 
     def rule(self) -> None:

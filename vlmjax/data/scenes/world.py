@@ -108,18 +108,30 @@ def _jitter(colour: str, dice: Dice) -> tuple[int, int, int]:
     )
 
 
-def _texture(shape: str, dice: Dice) -> str:
-    texture = dice.pick_weighted(v.TEXTURES, (40, 15, 15, 15, 15))
+def _texture(shape: str, style: str, dice: Dice) -> str:
+    texture = dice.pick_weighted(
+        v.TEXTURES, (40, 15, 15, 15, 15) if style == "full" else (60, 10, 10, 10, 10)
+    )
     # A ring is an outline already.
     return "solid" if shape == "ring" and texture == "outlined" else texture
 
 
-def _group(number: int, pair: tuple[str, str], region: layout.Rect, most: int, dice: Dice) -> Group:
+def _size(region: layout.Rect, count: int, style: str, dice: Dice) -> str:
+    sizes = layout.fitting_sizes(region, count)
+    if style == "full":
+        return dice.pick(sizes)
+    # At 64 pixels the shape of a small thing is hard to make out: the easier styles have fewer of them.
+    return dice.pick_weighted(sizes, (1, 2, 2)[: len(sizes)])
+
+
+def _group(
+    number: int, pair: tuple[str, str], region: layout.Rect, most: int, style: str, dice: Dice
+) -> Group:
     count = 1
     if most > 1:
         counts = layout.fitting_counts(region, most)
         count = dice.pick_weighted(counts, [COUNT_WEIGHTS[n - 1] for n in counts])
-    size = dice.pick(layout.fitting_sizes(region, count))
+    size = _size(region, count, style, dice)
     shape, colour = pair
     diameter = dice.pick(v.SIZES[size]) * v.DIAMETER_UNIT
     things = tuple(
@@ -129,7 +141,7 @@ def _group(number: int, pair: tuple[str, str], region: layout.Rect, most: int, d
     return Group(
         shape=shape,
         colour=colour,
-        texture=_texture(shape, dice),
+        texture=_texture(shape, style, dice),
         size=size,
         direction=dice.pick(v.DIRECTIONS) if shape == "arrow" else "",
         rgb=_jitter(colour, dice),
@@ -238,7 +250,7 @@ def make_world(seed: int, index: int, split: str, style: str) -> World:
     most = layout.MOST_PER_GROUP[number - 1] if style == "full" else 1
     pairs = _pairs(number, split, dice)
     cut = layout.regions(canvas, number, dice)
-    groups = [_group(k, pair, cut[k], most, dice) for k, pair in enumerate(pairs)]
+    groups = [_group(k, pair, cut[k], most, style, dice) for k, pair in enumerate(pairs)]
     if style == "full" and number == 2:
         for outer, inner in ((0, 1), (1, 0)):
             if _can_hold(groups[outer], groups[inner]) and dice.chance(60):
