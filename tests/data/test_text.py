@@ -47,6 +47,8 @@ def _expected(shared_path, name: str, *wanted: str) -> dict[str, list[int]]:
         ("bert-base-uncased", "bert", ("Xenova/bert-base-uncased",)),
         ("gpt2", "gpt2", ("Xenova/gpt2",)),
         ("t5-small", "t5", ("t5-small",)),
+        ("llama2", "llama", ("Xenova/llama-tokenizer",)),
+        pytest.param("qwen", "qwen2", (), marks=pytest.mark.slow),
     ],
 )
 def test_real_tokenizers(shared_path, folder, name, wanted):
@@ -54,12 +56,6 @@ def test_real_tokenizers(shared_path, folder, name, wanted):
     cases = _expected(shared_path, name, *wanted)
     wrong = {words: one.encode(words) for words, ids in cases.items() if one.encode(words) != ids}
     assert len(cases) > 15 and wrong == {}
-
-
-def test_real_llama_tokenizer(shared_path):
-    pytest.importorskip("sentencepiece")
-    one = text.load(shared_path("data/tokenizers/llama2"), 512)
-    assert one.vocab_size >= 32000 and one.encode("How are you doing?") == [1, 1128, 526, 366, 2599, 29973]
 
 
 def test_roles_of_special_tokens(shared_path):
@@ -74,6 +70,30 @@ def test_roles_of_special_tokens(shared_path):
     assert (bert.bos_token_id, bert.eos_token_id, bert.pad_token_id, bert.vocab_size) == (101, 102, 0, 30522)
     gpt2 = text.load(folder / "gpt2", 8)
     assert gpt2.pad_token_id == gpt2.eos_token_id == 50256
+
+
+def test_bare_sentencepiece_saved_for_transformers(shared_path, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    one = text.load(shared_path("data/tokenizers/llama2"), 9)
+    assert (one.bos_token_id, one.eos_token_id, one.vocab_size) == (1, 2, 32000)
+    assert one.decode(one.encode("wörld 日本")) == "wörld 日本"
+    one.save(tmp_path)
+    hf, again = transformers.AutoTokenizer.from_pretrained(str(tmp_path)), text.load(tmp_path, 9)
+    for words in ("How are you doing?", "two  spaces 🙂", ""):
+        assert hf(words, truncation=True)["input_ids"] == one.encode(words) == again.encode(words)
+    assert (hf.pad_token_id, again.pad_token_id) == (2, 2)
+    clip = text.load(shared_path("data/tokenizers/clip"), 9)
+    clip.save(tmp_path / "clip")
+    hf = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "clip"))
+    assert hf("a red cat")["input_ids"] == clip.encode("a red cat") and hf.pad_token_id == 49407
+
+
+def test_damaged_vocabularies(tmp_path):
+    for name, words in (("tokenizer.model", "no sentencepiece model"), ("x.tiktoken", "base64 rank")):
+        (tmp_path / name.split(".")[1]).mkdir()
+        (tmp_path / name.split(".")[1] / name).write_bytes(b"not one of these files\n")
+        with pytest.raises(DataError, match=words.replace("no ", "")):
+            text.load(tmp_path / name.split(".")[1], 8)
 
 
 @pytest.mark.parametrize("folder", ["clip", "bert-base-uncased"])
@@ -160,6 +180,9 @@ def test_save_and_load_again(small, tmp_path):
     assert _digest(tmp_path / "copy") == _digest(folder)
     one.save(folder)
     again = text.load(tmp_path / "copy", 10)
+    shutil.rmtree(tmp_path / "copy")
+    again.save(tmp_path / "copy2")
+    assert _digest(tmp_path / "copy2") == _digest(folder)
     np.testing.assert_array_equal(again(SENTENCES)["input_ids"], one(SENTENCES)["input_ids"])
 
 

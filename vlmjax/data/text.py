@@ -4,20 +4,20 @@ import json
 import logging
 import os
 import pathlib
-import shutil
 import threading
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
+from vlmjax.data import vocabularies
 from vlmjax.errors import DataError
 
 _log = logging.getLogger(__name__)
 _CACHED_TEXTS = 200_000
 _FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
-    "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model config.json chat_template.jinja"
+    "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja"
 ).split()
 # What a bare tokenizer.json does not say: which of its special tokens play which part, best guess first.
 _ROLES = {
@@ -50,17 +50,20 @@ class Tokenizer:
         eos: int | None,
         pad: int | None,
         side: str = "right",
-        folder: str | None = None,
+        files: dict[str, bytes] | None = None,
         hf: Any = None,
     ):
-        """`backend` is a `tokenizers.Tokenizer`; it is copied, so the caller's own is left as it was."""
+        """`backend` is a `tokenizers.Tokenizer`; it is copied, so the caller's own is left as it was.
+
+        `save` writes `files`, or asks the transformers tokenizer `hf` to write itself.
+        """
         self._backend = type(backend).from_str(backend.to_str())
         self._backend.no_padding()
         self._backend.enable_truncation(max_length)
         self.max_length, self.bos_token_id, self.eos_token_id = max_length, bos, eos
         self.pad_token_id = pad if pad is not None else (eos if eos is not None else 0)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._left, self._folder, self._hf = side == "left", folder, hf
+        self._left, self._files, self._hf = side == "left", files or {}, hf
         self._known: dict[str, tuple[np.ndarray, bool]] = {}
         self._lock = threading.Lock()
         self.texts = self.truncated = 0
@@ -113,13 +116,8 @@ class Tokenizer:
         if self._hf is not None:
             self._hf.save_pretrained(str(folder))
             return
-        if not os.path.isdir(self._folder or ""):
-            raise DataError(f"the tokenizer cannot be saved: its own folder {self._folder} is gone")
-        for name in _FILES:
-            source = os.path.join(self._folder or "", name)
-            if name != "config.json" and os.path.isfile(source):
-                if os.path.abspath(source) != os.path.abspath(os.path.join(folder, name)):
-                    shutil.copyfile(source, os.path.join(folder, name))
+        for name, data in self._files.items():
+            pathlib.Path(folder, name).write_bytes(data)
 
     def __getstate__(self) -> dict[str, Any]:
         """Worker processes fill a cache of their own."""
@@ -135,7 +133,7 @@ def load(folder_or_id: str | os.PathLike[str], max_length: int = 77) -> Tokenize
 
     A CLIP folder with its `tokenizer.json` is read by the `tokenizers` library alone; every other goes
     through transformers, so that the rules of its class apply. Bare files work too: `tokenizer.json`, BERT's
-    `vocab.txt`, `vocab.json` with `merges.txt`, a sentencepiece `tokenizer.model`.
+    `vocab.txt`, `vocab.json` with `merges.txt`, a sentencepiece BPE `tokenizer.model`, a `.tiktoken` file of Qwen.
 
     Raises:
         DataError: nothing readable there, or the length has no room for the special tokens.
@@ -190,18 +188,44 @@ def _from_json(path: pathlib.Path, settings: dict[str, Any], max_length: int) ->
     except Exception as error:  # the library raises plain Exception
         raise DataError(f"{path / 'tokenizer.json'} is not a tokenizer: {error}") from error
     settings = _read_json(path / "special_tokens_map.json") | settings
+    side = settings.get("padding_side", "right")
+    # Kept, not copied at the end: the folder may be temporary.
+    files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
+    ids = _roles(backend, settings)
+    files = _written(backend, ids, max_length) | files  # a bare tokenizer.json lacks its settings
+    return Tokenizer(backend, max_length, **ids, side=side, files=files)
+
+
+def _written(backend: Any, ids: dict[str, int | None], max_length: int) -> dict[str, bytes]:
+    """The files of a tokenizer that came from no Hugging Face folder."""
+    settings = {f"{role}_token": backend.id_to_token(i) for role, i in ids.items() if i is not None}
+    settings |= {"tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": max_length}
+    config = json.dumps(settings, indent=1) + "\n"
+    return {"tokenizer.json": backend.to_str().encode(), "tokenizer_config.json": config.encode()}
+
+
+def _roles(backend: Any, settings: dict[str, Any]) -> dict[str, int | None]:
+    """Ids of the opening, closing and padding tokens: as stated, or special tokens with the usual names."""
+    special = {token.content for token in backend.get_added_tokens_decoder().values()}
     ids = {}
     for role, guesses in _ROLES.items():
         stated = settings.get(f"{role}_token")
         stated = stated.get("content") if isinstance(stated, dict) else stated
-        candidates = [stated] if stated else guesses
+        candidates = [stated] if stated else [guess for guess in guesses if guess in special]
         ids[role] = next((i for i in map(backend.token_to_id, candidates) if i is not None), None)
-    side = settings.get("padding_side", "right")
-    return Tokenizer(backend, max_length, **ids, side=side, folder=str(path))
+    return ids
 
 
 def _from_bare_files(path: pathlib.Path, names: set[str], max_length: int) -> Tokenizer:
     """Vocabulary files without a word about their class: the file names tell."""
+    ranks = sorted(name for name in names if name.endswith(".tiktoken"))
+    if ranks or "tokenizer.model" in names:
+        read, name = (
+            (vocabularies.tiktoken, ranks[0]) if ranks else (vocabularies.sentencepiece, "tokenizer.model")
+        )
+        backend = read(path / name)
+        ids = _roles(backend, {})
+        return Tokenizer(backend, max_length, **ids, files=_written(backend, ids, max_length))
     import transformers
 
     if "vocab.txt" in names:
@@ -212,13 +236,11 @@ def _from_bare_files(path: pathlib.Path, names: set[str], max_length: int) -> To
         hf = (transformers.CLIPTokenizerFast if clip else transformers.GPT2TokenizerFast).from_pretrained(
             str(path)
         )
-    elif "tokenizer.model" in names:
-        hf = transformers.LlamaTokenizerFast.from_pretrained(str(path))
     else:
         listing = ", ".join(sorted(names)[:8]) or "nothing"
         raise DataError(
             f"no tokenizer in {path} (it holds {listing}); expected tokenizer.json, vocab.txt, "
-            "vocab.json with merges.txt, or tokenizer.model"
+            "vocab.json with merges.txt, a sentencepiece BPE tokenizer.model, or a .tiktoken file"
         )
     return _wrap(hf, max_length)
 
