@@ -27,5 +27,5 @@ def l2_normalize(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"
     """Divide by the Euclidean length of the last axis, in float32. A vector of zeros stays zeros."""
     x = x.astype(jnp.float32)
     squared = jnp.square(x).sum(axis=-1, keepdims=True)
-    # The floor is far below any real embedding; it only keeps 0/0 and its gradient away from empty rows.
-    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-30))
+    # Far below any real embedding; it keeps 0/0 away from empty rows, and 1e-24**-1.5 is still a float32.
+    return x * jax.lax.rsqrt(jnp.maximum(squared, 1e-24))

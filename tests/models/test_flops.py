@@ -1,0 +1,68 @@
+"""The FLOP formula against the matrix products actually traced, and against known models."""
+
+import math
+
+import jax
+import numpy as np
+import pytest
+from tiny_models import BERT, CLIP, DUAL, TEXT, VIT, change
+
+from vlmjax.models.bert import Bert, BertConfig
+from vlmjax.models.clip import Clip, ClipConfig
+from vlmjax.models.flops import forward_flops
+from vlmjax.models.text import Text, TextConfig
+from vlmjax.models.vit import Vit, VitConfig
+
+
+def traced_flops(jaxpr, times=1):
+    """Two operations per multiply-add of every product in a jaxpr, scans counted by their length."""
+    total = 0
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            inner = math.prod(equation.invars[0].aval.shape[axis] for axis in contracted)
+            total += times * 2 * inner * math.prod(equation.outvars[0].aval.shape)
+        for value in equation.params.values():
+            inside = getattr(value, "jaxpr", value)
+            if hasattr(inside, "eqns"):
+                total += traced_flops(inside, times * equation.params.get("length", 1))
+    return total
+
+
+def traced(model, *inputs, **kwargs):
+    variables = jax.eval_shape(model.init, jax.random.key(0), *inputs)
+    return traced_flops(jax.make_jaxpr(lambda v: model.apply(v, *inputs, **kwargs))(variables).jaxpr)
+
+
+PIXELS, IDS = np.zeros((4, 16, 24, 3), np.float32), np.zeros((4, 9), np.int32)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [(Vit(VIT), (PIXELS,)), (Text(TEXT), (IDS,)), (Bert(BERT), (IDS,)), (Clip(CLIP), (PIXELS, IDS))]
+    + [(Clip(DUAL), (PIXELS, IDS))],
+    ids=["vit", "text", "bert", "clip", "dual"],
+)
+def test_equals_the_traced_products(model, inputs):
+    assert forward_flops(model.config, 4) == traced(model, *inputs)
+
+
+def test_text_length_and_patch_dropout():
+    assert forward_flops(TEXT, 4, text_length=5) == traced(Text(TEXT), IDS[:, :5])
+    config = change(VIT, patch_dropout=0.5)
+    train = traced(Vit(config), PIXELS, train=True, rngs={"dropout": jax.random.key(0)})
+    assert forward_flops(config, 4, train=True) == train < forward_flops(config, 4)
+
+
+def test_known_models():
+    """Published counts, which give multiply-adds: 4.4 G for ViT-B/32, 81 G for ViT-L/14."""
+    base = VitConfig(768, 12, 12, 3072, 224, 32)
+    large = VitConfig(1024, 24, 16, 4096, 224, 14)
+    assert forward_flops(base, 1) / 1e9 == pytest.approx(2 * 4.4, abs=0.1)
+    assert forward_flops(large, 1) / 1e9 == pytest.approx(2 * 81, abs=1)
+    clip = ClipConfig(large, TextConfig(768, 12, 12, 3072, 49408), 768)
+    # 17.24 PFLOP per training step of 32,768 pairs, logits included.
+    assert 3 * forward_flops(clip, 32768) / 1e15 == pytest.approx(17.24, rel=0.03)
+    assert forward_flops(BertConfig(768, 12, 12, 3072, 30522), 1, text_length=128) / 1e9 == pytest.approx(
+        22.4, abs=0.5
+    )
