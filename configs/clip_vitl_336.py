@@ -1,4 +1,4 @@
-"""CLIP ViT-L/14 at 336 px: one more epoch of the 224-px model at a higher resolution (arXiv 2103.00020, section 2.5)."""
+"""CLIP ViT-L/14 at 336 px: one more epoch of the 224-px model at higher resolution (arXiv 2103.00020, section 2.5)."""
 
 from vlmjax import config
 
@@ -20,7 +20,9 @@ def get_config(arg=""):
             "patch_size": 14,
         }
     )
-    c.model.text.update({"width": 768, "depth": 12, "heads": 12, "mlp_dim": 3072, "vocab_size": 49_408})  # table 20
+    c.model.text.update(
+        {"width": 768, "depth": 12, "heads": 12, "mlp_dim": 3072, "vocab_size": 49_408}
+    )  # table 20
     c.model.projection_dim = 768  # table 20
     c.model.remat = "full"
 

@@ -10,7 +10,9 @@ def get_config(arg=""):
     c.total.steps = 1000
     c.log_every = 10
 
-    c.model.image.update({"width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "patch_size": 8})
+    c.model.image.update(
+        {"width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "patch_size": 8}
+    )
     c.model.text.update({"width": 128, "depth": 2, "heads": 4, "mlp_dim": 512, "max_length": 24})
     c.model.projection_dim = 128
 

@@ -112,7 +112,9 @@ def recipe() -> Config:
         }
     )
     c.model.projection_dim = 512
-    c.model.dtype = "auto"  # compute dtype: auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32
+    c.model.dtype = (
+        "auto"  # compute dtype: auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32
+    )
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     c.loss = Config()
@@ -120,7 +122,9 @@ def recipe() -> Config:
     c.loss.logit_scale_init = 1 / 0.07  # CLIP paper section 2.5
     c.loss.logit_scale_max = 100.0  # CLIP paper section 2.5
     c.loss.label_smoothing = 0.0
-    c.loss.positives = "pairs"  # pairs (row i with row i) | captions (rows with equal captions are positives too)
+    c.loss.positives = (
+        "pairs"  # pairs (row i with row i) | captions (rows with equal captions are positives too)
+    )
 
     c.data = Config()
     c.data.train = "scenes"  # shards, folder file, or "scenes"; comma-separated for several
@@ -173,8 +177,12 @@ def tiny(c: Config) -> Config:
     c.log_every = 5
     c.eval_every, c.report_every = duration(), duration()
     c.checkpoint.every = duration(steps=30)
-    c.model.image.update({"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "image_size": 32, "patch_size": 8})
-    c.model.text.update({"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32})
+    c.model.image.update(
+        {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "image_size": 32, "patch_size": 8}
+    )
+    c.model.text.update(
+        {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32}
+    )
     c.model.projection_dim = 32
     c.data.train = "scenes"
     c.data.tokenizer = "bpe:640"
@@ -345,7 +353,9 @@ def _check_values(c: Config) -> None:
     if not c.data.tokenizer and not c.init_from:
         raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
     if c.checkpoint.best_metric and not c.evals:
-        raise RecipeError(f"config.checkpoint.best_metric={c.checkpoint.best_metric!r} needs an entry in config.evals")
+        raise RecipeError(
+            f"config.checkpoint.best_metric={c.checkpoint.best_metric!r} needs an entry in config.evals"
+        )
 
 
 def _check_durations(c: Config) -> None:
@@ -360,7 +370,9 @@ def _check_durations(c: Config) -> None:
     for name, value in durations.items():
         given = {unit: number for unit, number in value.items() if number is not None}
         if len(given) > 1:
-            raise RecipeError(f"config.{name} is given {len(given)} times ({given}): keep one of steps, examples, epochs")
+            raise RecipeError(
+                f"config.{name} is given {len(given)} times ({given}): keep one of steps, examples, epochs"
+            )
         if name == "total" and not given:
             raise RecipeError("config.total is not given: set one of config.total.steps, .examples, .epochs")
         for unit, number in given.items():
@@ -372,8 +384,12 @@ def _check_rules(c: Config) -> None:
     groups = {
         "sharding": [pattern for pattern, _ in c.sharding],
         "frozen": list(c.frozen),
-        "optimizer.learning_rate_multipliers": [pattern for pattern, _ in c.optimizer.learning_rate_multipliers],
-        "optimizer.weight_decay_multipliers": [pattern for pattern, _ in c.optimizer.weight_decay_multipliers],
+        "optimizer.learning_rate_multipliers": [
+            pattern for pattern, _ in c.optimizer.learning_rate_multipliers
+        ],
+        "optimizer.weight_decay_multipliers": [
+            pattern for pattern, _ in c.optimizer.weight_decay_multipliers
+        ],
         "data.exclude": [c.data.exclude],
     }
     for name, patterns in groups.items():
@@ -381,7 +397,9 @@ def _check_rules(c: Config) -> None:
             try:
                 re.compile(pattern)
             except (re.error, TypeError) as error:
-                raise RecipeError(f"config.{name}: {pattern!r} is not a regular expression ({error})") from None
+                raise RecipeError(
+                    f"config.{name}: {pattern!r} is not a regular expression ({error})"
+                ) from None
 
 
 def _one_of(value, where: str, valid: tuple[str, ...]) -> None:

@@ -13,10 +13,16 @@ from vlmjax.config import Config, check_overrides, validate
 from vlmjax.errors import RecipeError, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "Recipe: a python file with get_config(), e.g. configs/clip_vitl.py or configs/clip_vitl.py:tiny."
+    "config",
+    None,
+    "Recipe: a python file with get_config(), e.g. configs/clip_vitl.py or configs/clip_vitl.py:tiny.",
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of the run, local or gs://. A run found there is continued.")
-_PROFILE = flags.DEFINE_bool("profile", False, "Write a profiler trace of a few early steps to workdir/profile.")
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of the run, local or gs://. A run found there is continued."
+)
+_PROFILE = flags.DEFINE_bool(
+    "profile", False, "Write a profiler trace of a few early steps to workdir/profile."
+)
 
 
 def parse(arguments: Sequence[str]) -> list[str]:
@@ -46,7 +52,9 @@ def checked_recipe() -> Config:
     if _CONFIG.value is None:
         raise RecipeError("--config is not given: name a recipe, e.g. --config=configs/quickstart.py")
     if not _WORKDIR.value:
-        raise RecipeError("--workdir is not given: name the folder of the run, e.g. --workdir=runs/quickstart")
+        raise RecipeError(
+            "--workdir is not given: name the folder of the run, e.g. --workdir=runs/quickstart"
+        )
     given = config_flags.get_override_values(flags.FLAGS["config"])
     return validate(_CONFIG.value, overrides=given)
 

@@ -29,12 +29,18 @@ class Contrastive:
         self.loss_config = recipe.loss.to_dict()
         self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
 
-    def encode(self, params: Params, batch: Batch, rng: PRNGKeyArray) -> dict[str, Float[Array, "batch width"]]:
+    def encode(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray
+    ) -> dict[str, Float[Array, "batch width"]]:
         """L2-normalised fp32 features of a batch whose `pixel_values` are uint8 [batch, height, width, 3]."""
         dropout, patches = jax.random.split(rng)
         rngs = {"dropout": dropout, "patch_dropout": patches}
         image = self.model.apply(
-            {"params": params}, self.normalize(batch["pixel_values"]), train=True, rngs=rngs, method="encode_image"
+            {"params": params},
+            self.normalize(batch["pixel_values"]),
+            train=True,
+            rngs=rngs,
+            method="encode_image",
         )
         text = self.model.apply(
             {"params": params},

@@ -48,7 +48,7 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
         size = name.removeprefix("bpe:")
         if not size.isdigit() or int(size) < SMALLEST_BPE:
             raise RecipeError(
-                f"config.data.tokenizer={name!r}: expected 'bpe:' and a number of tokens from {SMALLEST_BPE}, as 'bpe:1024'"
+                f"config.data.tokenizer={name!r}: expected 'bpe:' and a number from {SMALLEST_BPE}, e.g. 'bpe:1024'"
             )
         with tempfile.TemporaryDirectory() as trained:
             bpe.train_bpe(_captions(source), int(size), trained, model_max_length=length)
@@ -73,7 +73,9 @@ def train_transform(recipe: Any, image_size: tuple[int, int]) -> TrainTransform:
 
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     """The deterministic preprocessing of evaluation and export: shorter side to the image size, centre crop."""
-    return EvalTransform(min(image_size), image_size, mean=tuple(recipe.data.mean), std=tuple(recipe.data.std))
+    return EvalTransform(
+        min(image_size), image_size, mean=tuple(recipe.data.mean), std=tuple(recipe.data.std)
+    )
 
 
 def make_model(recipe: Any, tokenizer: text.Tokenizer) -> tuple[Clip, Any]:
@@ -103,7 +105,9 @@ def _resized(config: ClipConfig, params: Any, size: int) -> tuple[ClipConfig, An
         return config, params
     image = dataclasses.replace(config.image, image_size=size)
     if size % image.patch_size:
-        raise RecipeError(f"config.model.image.image_size={size} is not a multiple of the model's patch_size={image.patch_size}")
+        raise RecipeError(
+            f"config.model.image.image_size={size} is not a multiple of the model's patch_size={image.patch_size}"
+        )
     flat = traverse_util.flatten_dict(params, sep="/")
     name = "vision_model/embeddings/position_embedding"
     flat[name] = resize_positions(jnp.asarray(flat[name]), config.image.grid, image.grid)
@@ -119,11 +123,17 @@ def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
     size = {key: words[key] for key in ("width", "depth", "heads", "mlp_dim", "max_length", "activation")}
     if words.kind == "bert":
         tower = BertConfig(
-            vocab_size=vocabulary, dropout=words.dropout, pad_token_id=tokenizer.pad_token_id, **size, **compute
+            vocab_size=vocabulary,
+            dropout=words.dropout,
+            pad_token_id=tokenizer.pad_token_id,
+            **size,
+            **compute,
         )
     else:
         if words.dropout:
-            raise RecipeError(f"config.model.text.dropout={words.dropout}: CLIP's text tower has none; use kind='bert' or 0")
+            raise RecipeError(
+                f"config.model.text.dropout={words.dropout}: CLIP's text tower has none; use kind='bert' or 0"
+            )
         tower = TextConfig(
             vocab_size=vocabulary,
             eos_token_id=tokenizer.eos_token_id,

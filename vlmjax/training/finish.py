@@ -1,7 +1,6 @@
 """What a run leaves beside its checkpoints: evaluations, what the report shows, the report and the export."""
 
 import platform
-from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
@@ -38,7 +37,9 @@ class Evaluations:
                 batch = entry.batch_size or min(recipe.batch_size, 256)
                 benchmark = benchmark_of(name, {**entry.to_dict(), "batch_size": batch})
                 self._evaluators.append(
-                    Evaluator(benchmark, model, tokenizer, transform, mesh, embedder=embedder, background=background)
+                    Evaluator(
+                        benchmark, model, tokenizer, transform, mesh, embedder=embedder, background=background
+                    )
                 )
         self.results: list[EvalResult] = []
 

@@ -79,7 +79,11 @@ class MetricsLog:
         lines = _lines_up_to(path, start_step) if path.exists() else []
         path.write_text("".join(lines))
         self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir.path("tensorboard")), purge_step=start_step + 1) if workdir.writer else None
+        self._board = (
+            SummaryWriter(str(workdir.path("tensorboard")), purge_step=start_step + 1)
+            if workdir.writer
+            else None
+        )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one line; `step` counts the updates done."""
@@ -119,7 +123,14 @@ class ProgressBar:
         self._total, self._shown = total, shown
         if shown and self._console.is_terminal:
             columns = ("[bold]{task.completed}/{task.total}", "{task.fields[text]}", "eta")
-            self._bar = Progress(TextColumn(columns[0]), BarColumn(), TextColumn(columns[1]), TextColumn(columns[2]), TimeRemainingColumn(), console=self._console)
+            self._bar = Progress(
+                TextColumn(columns[0]),
+                BarColumn(),
+                TextColumn(columns[1]),
+                TextColumn(columns[2]),
+                TimeRemainingColumn(),
+                console=self._console,
+            )
             self._task = self._bar.add_task("", total=total, completed=start, text="compiling")
             self._bar.start()
         self._begin: tuple[float, int] | None = None

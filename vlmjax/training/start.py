@@ -43,7 +43,9 @@ def start_state(
     places = state_shardings(abstract, recipe.sharding, mesh)
     step = checkpoints.latest()
     if step is not None:
-        target = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+        target = jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places
+        )
         state, data = checkpoints.restore(step, target)
         return state, data, optimizer
     if imported is None:
@@ -68,10 +70,14 @@ def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def announce(recipe: Any, state: TrainState, mesh: Mesh, lengths: Durations, start: int, source_name: str) -> None:
+def announce(
+    recipe: Any, state: TrainState, mesh: Mesh, lengths: Durations, start: int, source_name: str
+) -> None:
     """Print what is about to run: devices, data, parameters and where each of them lives."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
-    devices = f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
+    devices = (
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
+    )
     epoch = "endless" if lengths.epoch is None else f"{lengths.epoch:,} records"
     print(f"devices     {devices}; mesh {axes}")
     print(f"data        {source_name}: {epoch}; batch {recipe.batch_size}")

@@ -57,7 +57,9 @@ def merge(params: Tree, frozen: Tree) -> Tree:
     return traverse_util.unflatten_dict(flat)
 
 
-def make_state(params: Tree, frozen: Sequence[str], optimizer: optax.GradientTransformation, ema: bool) -> TrainState:
+def make_state(
+    params: Tree, frozen: Sequence[str], optimizer: optax.GradientTransformation, ema: bool
+) -> TrainState:
     """A state at step 0. Traceable, so that it can be built directly in its final place."""
     trainable, fixed = split(params, frozen)
     return TrainState(
@@ -90,7 +92,9 @@ def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainS
     return jax.tree_util.tree_map_with_path(place, abstract)
 
 
-def init_state(make: Callable[[Any], TrainState], seed_or_params: Any, rules: Sequence, mesh: Mesh) -> TrainState:
+def init_state(
+    make: Callable[[Any], TrainState], seed_or_params: Any, rules: Sequence, mesh: Mesh
+) -> TrainState:
     """Run `make` so that no array is ever whole on one device: compiled with its output shardings.
 
     Args:

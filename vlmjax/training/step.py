@@ -41,7 +41,9 @@ def cached_value_and_grad(
     def head(trainable, feats):
         return stage.head(merge(trainable, frozen), feats, batch)
 
-    (loss, metrics), (grads, feature_grads) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(params, features)
+    (loss, metrics), (grads, feature_grads) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(
+        params, features
+    )
     feature_grads = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), feature_grads)
 
     def pull(total, args):
@@ -98,7 +100,9 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = stage.project(optax.apply_updates(state.params, updates))
         ema = _average(state.ema, params, ema_decay, state.step) if ema_decay else {}
-        new = TrainState(step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=ema)
+        new = TrainState(
+            step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=ema
+        )
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         groups = {name: jnp.isfinite(optax.global_norm(group)) for name, group in grads.items()}
         metrics = {

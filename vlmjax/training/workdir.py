@@ -83,7 +83,9 @@ def _make(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--workdir={path}: cannot be created ({error.strerror}); name a folder you may write to") from None
+        raise UserError(
+            f"--workdir={path}: cannot be created ({error.strerror}); name a folder you may write to"
+        ) from None
 
 
 def jsonable(metrics: Mapping[str, Any]) -> dict[str, Any]:
