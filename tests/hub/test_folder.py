@@ -373,7 +373,7 @@ class TestRefusedOnSave:
 
 def test_importing_the_room_is_light():
     code = (
-        "import sys, vlmjax.hub\n"
+        "import sys, vlmjax\n"
         "heavy = {'jax', 'flax', 'transformers', 'torch', 'numpy'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "assert vlmjax.hub.load.__name__ == 'load' and 'torch' not in sys.modules and 'transformers' not in sys.modules"

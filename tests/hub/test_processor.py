@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import models
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from vlmjax import hub
 from vlmjax.data import bpe, text
 from vlmjax.data.images import EvalTransform
 from vlmjax.errors import HubError
-from vlmjax.models.clip import Clip, ClipConfig
+from vlmjax.hub import folder as hub_folder
+from vlmjax.models.clip import Clip, ClipConfig, ClipText
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -133,6 +135,25 @@ def test_dual_encoder_processor(tmp_path, picture):
         out = processor(text=["a red circle", "two blue squares"], images=[picture], padding="max_length",
                         return_tensors="np")  # fmt: skip
         assert np.array_equal(out["input_ids"], ids) and out["pixel_values"].shape == (1, 3, 24, 24)
+
+
+def test_openais_own_tokenizer_in_a_folder_of_ours(shared_path, tmp_path):
+    """A bare tokenizer.json, cut at the model's length by whoever opens the folder."""
+    transformers = pytest.importorskip("transformers")
+    words = text.load(shared_path("data/tokenizers/clip"), 16)
+    ids = {"vocab_size": 49408, "eos_token_id": 49407, "bos_token_id": 49406, "pad_token_id": 49407}
+    model = ClipText(dataclasses.replace(models.TEXT, width=3, mlp_dim=3, depth=1, **ids))
+    shapes = hub_folder.abstract_params(hub_folder.family_of(model), model)
+    hub.save(
+        model, jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes), tmp_path, tokenizer=words
+    )
+    captions = [*CAPTIONS, "Ünïcode &amp; 3 emoji 🐈!", "a " * 30]
+    expected = words(captions)["input_ids"]
+    for cls in (transformers.AutoTokenizer, transformers.CLIPTokenizer):
+        theirs = cls.from_pretrained(tmp_path)
+        out = theirs(captions, padding="max_length", truncation=True, return_tensors="np")
+        assert np.array_equal(out["input_ids"], expected)
+    assert np.array_equal(hub.load_processor(tmp_path)[0](captions)["input_ids"], expected)
 
 
 class TestRefused:

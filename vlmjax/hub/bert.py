@@ -131,7 +131,6 @@ BERT = Family(
     inputs=lambda m: {"input_ids": np.zeros((1, 1), np.int32)},
     within={"BertForPreTraining": (r"cls\..*",), "BertForMaskedLM": (r"cls\..*",)},
     processor=None,
-    tokenizer="BertTokenizer",
 )
 DUAL_ENCODER = Family(
     architecture="VisionTextDualEncoderModel",
@@ -148,5 +147,4 @@ DUAL_ENCODER = Family(
     inputs=lambda m: example_inputs(m.config),
     within={},
     processor="VisionTextDualEncoderProcessor",
-    tokenizer="BertTokenizer",
 )

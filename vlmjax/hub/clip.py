@@ -241,7 +241,6 @@ CLIP = Family(
     inputs=lambda m: example_inputs(m.config),
     within={},
     processor="CLIPProcessor",
-    tokenizer="CLIPTokenizer",
 )
 
 # A tower alone is written as transformers 4 names it, `vision_model.encoder...`; transformers 5 writes
@@ -265,7 +264,6 @@ VISION = Family(
         "CLIPVisionModelWithProjection": (r"visual_projection\.weight",),
     },
     processor=None,
-    tokenizer=None,
 )
 VISION_PROJECTED = VISION._replace(
     architecture="CLIPVisionModelWithProjection",
@@ -286,7 +284,6 @@ TEXT = Family(
         "CLIPTextModelWithProjection": (r"text_projection\.weight",),
     },
     processor=None,
-    tokenizer="CLIPTokenizer",
 )
 TEXT_PROJECTED = TEXT._replace(
     architecture="CLIPTextModelWithProjection",

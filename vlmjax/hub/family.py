@@ -26,7 +26,6 @@ class Family(NamedTuple):
         inputs: module -> smallest inputs that create every parameter.
         within: larger classes whose folders hold this one -> regexes of their tensors that stay behind.
         processor: the class's processor in transformers, None where there is none.
-        tokenizer: the class's tokenizer in transformers, None where there is none.
     """
 
     architecture: str
@@ -37,7 +36,6 @@ class Family(NamedTuple):
     inputs: Callable[[Any], dict[str, Any]]
     within: Mapping[str, tuple[str, ...]]
     processor: str | None
-    tokenizer: str | None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

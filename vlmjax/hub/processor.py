@@ -121,7 +121,6 @@ def write(
     else:
         tokenizer.save_pretrained(str(path))
     stated = _json(path / TOKENIZER)
-    stated.setdefault("tokenizer_class", family.tokenizer)
     if family.processor is not None:
         stated["processor_class"] = family.processor
     stated["model_max_length"] = min(stated.get("model_max_length", length), length)
