@@ -144,8 +144,8 @@ def test_blur_sharpen_noise_erase():
     edge[:, 32:] = 200
     wide = np.repeat(np.repeat(edge, 6, 0), 6, 1)
     for sharp, steepest in ((edge, 190), (wide, 80)):  # sigma 0.5 and 3
-        soft = augment.gaussian_blur(sharp, _rng(5)).astype(int)
-        assert 20 < np.abs(np.diff(soft, axis=1)).max() < steepest and abs(soft.mean() - sharp.mean()) < 1
+        soft = augment.gaussian_blur(sharp, _rng(5)).astype(int)[1:-1]
+        assert 20 < np.abs(np.diff(soft, axis=1)).max() < steepest and abs(soft.mean() - sharp.mean()) < 2
     assert (
         augment.sharpen(edge, _rng(0))[5, 32, 0] > 200 and (augment.sharpen(edge, _rng(0))[:, :30] == 0).all()
     )

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
 from vlmjax.errors import BadRecord, DataError
 
@@ -35,6 +35,16 @@ _FORMATS = (
     "PCX",
 )
 _ALPHA_MODES = ("RGBA", "LA", "PA", "RGBa", "La")
+# What brings an image upright for each value of EXIF's orientation tag but 1.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _JPEG_SHRINK = 4  # a baseline JPEG of up to 16 x max_pixels is decoded at a half or a quarter of its size
 _WHOLE_RESIZE = 1 << 24  # pixels: 50 MB
 _QUIET_PIL = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
@@ -120,22 +130,8 @@ def _upright(image: Image.Image) -> Image.Image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # a damaged EXIF block says nothing about the pixels
         return image
-    if orientation in (None, 1):
-        return image
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:
-        # Rewriting the damaged EXIF block failed; turn the pixels alone.
-        method = {
-            2: Image.Transpose.FLIP_LEFT_RIGHT,
-            3: Image.Transpose.ROTATE_180,
-            4: Image.Transpose.FLIP_TOP_BOTTOM,
-            5: Image.Transpose.TRANSPOSE,
-            6: Image.Transpose.ROTATE_270,
-            7: Image.Transpose.TRANSVERSE,
-            8: Image.Transpose.ROTATE_90,
-        }.get(orientation)
-        return image if method is None else image.transpose(method)
+    turn = _TURNS.get(orientation)
+    return image if turn is None else image.transpose(turn)
 
 
 def _to_pixels(image: Image.Image, background: tuple[int, int, int], keep_alpha: bool) -> np.ndarray:
