@@ -274,10 +274,14 @@ def _replace_duration(config: Config, parts: list[str]) -> None:
 def _check_keys(config: Config | Mapping, schema: Config | Mapping, where: str) -> None:
     for key in config:
         if where == "config.evals":
+            if not isinstance(config[key], Config):
+                raise RecipeError(
+                    f"config.evals.{key}={config[key]!r}: expected evaluation(...), see vlmjax.config"
+                )
             _check_keys(config[key], _evaluation_schema(), f"config.evals.{key}")
             continue
         if where == "config.data.augment":
-            continue  # checked by the data room, which owns the names
+            continue  # the data room owns the names, see _check_data
         if key not in schema:
             raise RecipeError(f"{where} has no key {key!r}{_nearest(key, schema)}")
         value, default = config[key], schema[key]
@@ -318,10 +322,6 @@ def _check_values(c: Config) -> None:
     for name in ("batch_size", "micro_batches", "log_every"):
         _at_least(c[name], 1, f"config.{name}")
     _at_least(c.seed, 0, "config.seed")
-    if c.batch_size % c.micro_batches:
-        raise RecipeError(
-            f"config.batch_size={c.batch_size} does not divide into config.micro_batches={c.micro_batches} equal parts"
-        )
     for name in ("width", "depth", "heads", "mlp_dim"):
         for tower in ("image", "text"):
             _at_least(c.model[tower][name], 1, f"config.model.{tower}.{name}")
@@ -340,22 +340,93 @@ def _check_values(c: Config) -> None:
     _in_range(c.ema.decay, 0, 1, "config.ema.decay")
     _in_range(c.data.max_bad_share, 0, 1, "config.data.max_bad_share", closed=True)
     for name in ("learning_rate", "eps"):
-        if not (c.optimizer[name] > 0 and math.isfinite(c.optimizer[name])):
-            raise RecipeError(f"config.optimizer.{name}={c.optimizer[name]}: expected a number above 0")
+        _positive(c.optimizer[name], f"config.optimizer.{name}")
+    for name in ("logit_scale_init", "logit_scale_max"):
+        _positive(c.loss[name], f"config.loss.{name}")
+    if c.loss.logit_scale == "capped" and c.loss.logit_scale_init > c.loss.logit_scale_max:
+        raise RecipeError(
+            f"config.loss.logit_scale_init={c.loss.logit_scale_init} is above logit_scale_max={c.loss.logit_scale_max}"
+        )
+    for name in ("b1", "b2"):
+        _in_range(c.optimizer[name], 0, 1, f"config.optimizer.{name}")
+    for name in ("weight_decay", "clip_norm"):
+        _at_least(c.optimizer[name], 0, f"config.optimizer.{name}")
+    _at_least(c.checkpoint.keep_last, 1, "config.checkpoint.keep_last")
+    _at_least(c.checkpoint.keep_best, 0, "config.checkpoint.keep_best")
     _check_durations(c)
+    _check_mesh(c)
     _check_rules(c)
-    for name, entry in c.evals.items():
-        _one_of(entry.benchmark, f"config.evals.{name}.benchmark", ("zeroshot", "retrieval"))
+    _check_data(c)
+    _check_evals(c)
+
+
+def _check_mesh(c: Config) -> None:
+    """What can be known without devices: sizes, and that the batch divides by those that are given."""
+    for axis, size in c.mesh.items():
+        if size < 1 and not (axis == "data" and size == -1):
+            raise RecipeError(
+                f"config.mesh.{axis}={size}: expected at least 1" + (", or -1" if axis == "data" else "")
+            )
+    shards = max(c.mesh.data, 1) * c.mesh.fsdp
+    if c.batch_size % (shards * c.micro_batches):
+        raise RecipeError(
+            f"config.batch_size={c.batch_size} is not a multiple of {shards * c.micro_batches}: mesh.data * mesh.fsdp "
+            f"hold {shards} part(s) of it, in config.micro_batches={c.micro_batches}"
+        )
+
+
+def _check_data(c: Config) -> None:
+    from vlmjax.data.augment import Augmentation
+
     if not c.data.train:
         raise RecipeError(
             "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"
         )
     if not c.data.tokenizer and not c.init_from:
         raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
-    if c.checkpoint.best_metric and not c.evals:
+    for name in ("background", "mean", "std"):
+        value = c.data[name]
+        if len(value) != 3 or not all(isinstance(number, (int, float)) for number in value):
+            raise RecipeError(
+                f"config.data.{name}={value!r}: expected three numbers, for red, green and blue"
+            )
+    if not all(0 <= number <= 255 and isinstance(number, int) for number in c.data.background):
         raise RecipeError(
-            f"config.checkpoint.best_metric={c.checkpoint.best_metric!r} needs an entry in config.evals"
+            f"config.data.background={c.data.background!r}: expected whole numbers from 0 to 255"
         )
+    if min(c.data.std) <= 0:
+        raise RecipeError(f"config.data.std={c.data.std!r}: expected numbers above 0")
+    for name in ("threads", "cache_decoded"):
+        _at_least(c.data[name], 0, f"config.data.{name}")
+    try:
+        Augmentation.from_recipe(c.data.augment.to_dict())
+    except RecipeError as error:
+        raise RecipeError(f"config.data.augment: {error}") from None
+
+
+METRICS = {
+    "zeroshot": ("top1", "top5"),
+    "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
+}
+
+
+def _check_evals(c: Config) -> None:
+    """Benchmarks exist, and the metric that ranks checkpoints is one of theirs."""
+    for name, entry in c.evals.items():
+        _one_of(entry.benchmark, f"config.evals.{name}.benchmark", tuple(METRICS))
+        for key in ("examples", "batch_size"):
+            _at_least(entry[key], 0, f"config.evals.{name}.{key}")
+    best = c.checkpoint.best_metric
+    known = [
+        f"eval/{name}/{metric}"
+        for name, entry in c.evals.items()
+        if entry.data
+        for metric in METRICS[entry.benchmark]
+    ]
+    if best and not known:
+        raise RecipeError(f"config.checkpoint.best_metric={best!r} needs an entry with data in config.evals")
+    if best and best not in known:
+        raise RecipeError(f"config.checkpoint.best_metric={best!r} is never measured{_nearest(best, known)}")
 
 
 def _check_durations(c: Config) -> None:
@@ -376,21 +447,28 @@ def _check_durations(c: Config) -> None:
         if name == "total" and not given:
             raise RecipeError("config.total is not given: set one of config.total.steps, .examples, .epochs")
         for unit, number in given.items():
-            if number < 0 or (number == 0 and name not in ("optimizer.warmup", "optimizer.cooldown")):
+            may_be_none = name in ("optimizer.warmup", "optimizer.cooldown")
+            if not (number > 0 or (number == 0 and may_be_none)) or not math.isfinite(number):
                 raise RecipeError(f"config.{name}.{unit}={number}: expected a number above 0")
 
 
 def _check_rules(c: Config) -> None:
+    factors = ("learning_rate_multipliers", "weight_decay_multipliers")
     groups = {
-        "sharding": [pattern for pattern, _ in c.sharding],
+        "sharding": [rule[0] for rule in _pairs(c.sharding, "sharding", "tuple of mesh axes", (list, tuple))],
         "frozen": list(c.frozen),
-        "optimizer.learning_rate_multipliers": [
-            pattern for pattern, _ in c.optimizer.learning_rate_multipliers
-        ],
-        "optimizer.weight_decay_multipliers": [
-            pattern for pattern, _ in c.optimizer.weight_decay_multipliers
-        ],
         "data.exclude": [c.data.exclude],
+        **{
+            f"optimizer.{name}": [
+                rule[0] for rule in _pairs(c.optimizer[name], f"optimizer.{name}", "factor", (int, float))
+            ]
+            for name in factors
+        },
+        **{
+            f"evals.{name}.{key}": [entry[key]]
+            for name, entry in c.evals.items()
+            for key in ("keep", "exclude")
+        },
     }
     for name, patterns in groups.items():
         for pattern in patterns:
@@ -402,13 +480,25 @@ def _check_rules(c: Config) -> None:
                 ) from None
 
 
+def _pairs(rules, name: str, meaning: str, kind: type | tuple[type, ...]) -> list:
+    for rule in rules:
+        if not isinstance(rule, (list, tuple)) or len(rule) != 2 or not isinstance(rule[1], kind):
+            raise RecipeError(f"config.{name}: {rule!r} is not a pair (regular expression, {meaning})")
+    return list(rules)
+
+
 def _one_of(value, where: str, valid: tuple[str, ...]) -> None:
     if value not in valid:
         raise RecipeError(f"{where}={value!r}{_nearest(str(value), valid)} (one of {', '.join(valid)})")
 
 
+def _positive(value, where: str) -> None:
+    if not (value > 0 and math.isfinite(value)):
+        raise RecipeError(f"{where}={value}: expected a number above 0")
+
+
 def _at_least(value, least, where: str) -> None:
-    if value < least:
+    if not value >= least:
         raise RecipeError(f"{where}={value}: expected at least {least}")
 
 

@@ -1,17 +1,22 @@
 """`python -m vlmjax.export --workdir=runs/clip --out=hf`: a trained run as a Hugging Face folder."""
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 
 from vlmjax.errors import CheckpointError, UserError
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Folder of a run, local or gs://.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write: config, weights, tokenizer, image processor.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to export; the newest one by default.")
+# Flags of this command alone, so that commands can be imported side by side.
+FLAGS = flags.FlagValues()
+flags.DEFINE_string("workdir", None, "Folder of a run, local or gs://.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "out", None, "Folder to write: config, weights, tokenizer, image processor.", flag_values=FLAGS
+)
+flags.DEFINE_integer("step", None, "Checkpoint to export; the newest one by default.", flag_values=FLAGS)
 
 
 def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, Any, Any]:
@@ -43,7 +48,7 @@ def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, An
     step = checkpoints.latest() if step is None else step
     if step is None:
         raise CheckpointError(f"{workdir}: no complete checkpoint yet")
-    state = checkpoints.read(step)
+    state = checkpoints.read_params(step)
     checkpoints.close()
     params = merge(state["ema"] or state["params"], state["frozen"])
     return model, params, tokenizer, build.eval_transform(recipe, model.config.image.image_shape)
@@ -57,20 +62,33 @@ def export(workdir: str, out: str, *, step: int | None = None) -> None:
     hub.save(model, params, out, tokenizer=tokenizer, image_processor=transform)
 
 
+def parse(arguments: Sequence[str]) -> None:
+    """Read the flags before anything heavy is imported; raises UserError for mistakes."""
+    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
+        print(__doc__ + FLAGS.get_help().partition(":")[2])
+        sys.exit(0)
+    try:
+        rest = FLAGS(list(arguments))
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: values are given as --out=hf")
+    for name in ("workdir", "out"):
+        if not FLAGS[name].value:
+            raise UserError(f"--{name} is not given: {FLAGS[name].help}")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Export as the flags say; user errors end as one line."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        if len(arguments) > 1:
-            raise UserError(f"unexpected argument {arguments[1]!r}")
-        for flag in (_WORKDIR, _OUT):
-            if not flag.value:
-                raise UserError(f"--{flag.name} is not given: {flag.help}")
-        export(_WORKDIR.value, _OUT.value, step=_STEP.value)
-        print(f"wrote {_OUT.value}")
+        parse(arguments)
+        export(FLAGS.workdir, FLAGS.out, step=FLAGS.step)
+        print(f"wrote {FLAGS.out}")
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main(sys.argv)

@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from absl import app, flags
@@ -34,12 +35,27 @@ def parse(arguments: Sequence[str]) -> list[str]:
         _stop(RecipeError(_first_line(error)))
     except UserError as error:
         _stop(error)
-    except (AttributeError, KeyError, TypeError, ValueError, SyntaxError, ImportError, OSError) as error:
-        _stop(RecipeError(f"the recipe cannot be read: {type(error).__name__}: {_first_line(error)}"))
+    except OSError as error:
+        _stop(RecipeError(f"the recipe cannot be read: {_first_line(error)}"))
+    except Exception as error:  # whatever the python of a recipe file can raise
+        _stop(
+            RecipeError(
+                f"the recipe cannot be read: {type(error).__name__}: {_first_line(error)}{_line_in_recipe(error)}"
+            )
+        )
 
 
 def _first_line(error: BaseException) -> str:
     return " ".join(str(error).split())
+
+
+def _line_in_recipe(error: BaseException) -> str:
+    """Where in the recipe file an error arose, if it did arise there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    line = next(
+        (f"{f.filename}:{f.lineno}" for f in reversed(frames) if f.name in ("get_config", "<module>")), ""
+    )
+    return f" ({line})" if line and not line.startswith(__file__) else ""
 
 
 def _stop(error: UserError) -> None:

@@ -71,6 +71,13 @@ def key_of(source: Source, i: int) -> str:
     return key(i) if callable(key) else source[i].key
 
 
+def captions_of(source: Source, i: int) -> tuple[str, ...]:
+    """The captions of example i, without drawing its image where the source draws."""
+    if isinstance(source, Scenes):
+        return source.captions_at(i)
+    return source[i].captions
+
+
 def open_source(
     spec: Specification,
     *,

@@ -27,6 +27,8 @@ class Contrastive:
         """`recipe` is the whole validated recipe; `model` a dual encoder (models/clip.py)."""
         self.model, self.mesh = model, mesh
         self.loss_config = recipe.loss.to_dict()
+        # A fixed temperature is a frozen parameter: neither gradient nor weight decay moves it.
+        self.frozen = ("logit_scale",) if recipe.loss.logit_scale == "fixed" else ()
         self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
 
     def encode(
@@ -56,10 +58,7 @@ class Contrastive:
         self, params: Params, features: Mapping[str, Array], batch: Batch
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """InfoNCE of the features of a whole global batch, and what to log beside it."""
-        scale = params["logit_scale"]
-        if self.loss_config["logit_scale"] == "fixed":
-            scale = jax.lax.stop_gradient(scale)
-        scale = jnp.exp(scale)
+        scale = jnp.exp(params["logit_scale"])
         ids = batch["caption_id"] if self.loss_config["positives"] == "captions" else None
         loss, metrics = info_nce(
             features["image_embeds"],

@@ -1,5 +1,6 @@
 """From a validated recipe to the objects of a run: tokenizer, transforms, model, imported parameters."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -17,8 +18,8 @@ from flax import traverse_util
 from vlmjax.data import bpe, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.images import EvalTransform
-from vlmjax.data.sources import Source
-from vlmjax.errors import BadRecord, RecipeError
+from vlmjax.data.sources import Source, captions_of, open_source
+from vlmjax.errors import BadRecord, DataError, HubError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
@@ -31,19 +32,36 @@ BPE_CAPTIONS = 20_000
 SMALLEST_BPE = 514  # 2 x 256 bytes and two special tokens
 
 
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """What cannot be opened inside is a mistake of the recipe: a RecipeError that names the key that led there."""
+    try:
+        yield
+    except (DataError, HubError) as error:
+        raise RecipeError(f"config.{key}: {error}") from error
+
+
+def open_train_source(recipe: Any) -> Source:
+    """The source that `recipe.data` names."""
+    with naming("data.train"):
+        size, exclude = recipe.model.image.image_size, recipe.data.exclude or None
+        return open_source(recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude)
+
+
 def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:
     """The recipe's tokenizer, kept in `workdir/tokenizer` so that the run can be resumed and exported alone.
 
     "bpe:N" trains one on the first captions of `source`: the same on every process, so that none waits for another.
     """
     folder, length = workdir.path("tokenizer"), recipe.model.text.max_length
-    if folder.is_dir():
-        return text.load(str(folder), length)
     name = recipe.data.tokenizer or recipe.init_from
+    if folder.is_dir() and _tokenizer_of(workdir) == name:
+        return text.load(str(folder), length)
     partial = workdir.path("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if not name.startswith("bpe:"):
-        text.load(name, length).save(str(partial))
+        with naming("data.tokenizer"):
+            text.load(name, length).save(str(partial))
     else:
         size = name.removeprefix("bpe:")
         if not size.isdigit() or int(size) < SMALLEST_BPE:
@@ -53,17 +71,30 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
         with tempfile.TemporaryDirectory() as trained:
             bpe.train_bpe(_captions(source), int(size), trained, model_max_length=length)
             text.load(trained, length).save(str(partial))
+    shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return text.load(str(folder), length)
 
 
+def _tokenizer_of(workdir: Workdir) -> str:
+    """The tokenizer of the run that began in this folder; one left by a run that ended before it began is not used."""
+    path = workdir.path("recipe.json")
+    before = read_json(path) if path.exists() else {"data": {"tokenizer": ""}, "init_from": ""}
+    return before["data"]["tokenizer"] or before["init_from"]
+
+
 def _captions(source: Source) -> Iterator[str]:
-    """Captions of the first records; an unreadable record has none."""
-    for i in range(min(len(source), BPE_CAPTIONS)):
+    """The first captions of a source; an unreadable record has none."""
+    left = BPE_CAPTIONS
+    for i in range(len(source)):
         try:
-            yield from source[i].captions
+            captions = captions_of(source, i)[:left]
         except BadRecord:
-            continue
+            captions = ()
+        yield from captions
+        left -= max(len(captions), 1)  # records without any count too: the search ends
+        if left <= 0:
+            return
 
 
 def train_transform(recipe: Any, image_size: tuple[int, int]) -> TrainTransform:
@@ -88,7 +119,8 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> tuple[Clip, Any]:
         return Clip(clip_config(recipe, tokenizer)), None
     from vlmjax import hub
 
-    model, params = hub.load(recipe.init_from)
+    with naming("init_from"):
+        model, params = hub.load(recipe.init_from)
     if not isinstance(model, Clip):
         raise RecipeError(
             f"config.init_from={recipe.init_from!r} holds a {type(model).__name__}; stage 'contrastive' needs a dual "

@@ -1,10 +1,12 @@
 """Checkpoints of a run: the state and the data position, written in the background, restored onto any mesh."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
@@ -17,7 +19,15 @@ Tree = Any
 class Checkpoints:
     """The numbered checkpoints of a run: `N/state` (arrays) and `N/data` (json: step, seed, source fingerprint)."""
 
-    def __init__(self, folder: str, *, keep_last: int = 2, keep_best: int = 0, best_metric: str = "", writable: bool = True):
+    def __init__(
+        self,
+        folder: str,
+        *,
+        keep_last: int = 2,
+        keep_best: int = 0,
+        best_metric: str = "",
+        writable: bool = True,
+    ):
         """Open a folder of checkpoints (created when writable).
 
         Args:
@@ -32,7 +42,9 @@ class Checkpoints:
         if best_metric and keep_best:
             keep.append(
                 manager.BestN(
-                    get_metric_fn=lambda metrics: metrics[best_metric], n=keep_best, keep_checkpoints_without_metrics=False
+                    get_metric_fn=lambda metrics: metrics.get(best_metric, float("-inf")),
+                    n=keep_best,
+                    keep_checkpoints_without_metrics=False,
                 )
             )
         if not writable and "://" not in folder and not Path(folder).is_dir():
@@ -43,7 +55,8 @@ class Checkpoints:
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=manager.AnyPreservationPolicy(keep),
                 cleanup_tmp_directories=writable,
-                read_only=not writable,
+                # Not `read_only`, which warns on every opening: nothing here writes but `save`.
+                save_root_metadata=writable,
                 create=writable,
                 enable_async_checkpointing=writable,
             ),
@@ -64,16 +77,19 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         ranked = {self.best_metric: float(metrics[self.best_metric])} if self.best_metric in metrics else None
-        try:
+        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
+        with self._writing():
             self._manager.check_for_errors()
-            self._manager.save(
-                step,
-                args=ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data))),
-                metrics=ranked,
-                force=True,
-            )
-        except OSError as error:
-            raise CheckpointError(f"{self.folder}: checkpoint of step {step} cannot be written: {error}") from error
+            self._manager.save(step, args=items, metrics=ranked, force=True)
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # tensorstore's own failures are ValueErrors
+            raise CheckpointError(
+                f"{self.folder}: a checkpoint cannot be written: {_one_line(error)}"
+            ) from error
 
     def restore(self, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
@@ -90,13 +106,34 @@ class Checkpoints:
         restored = self._manager.restore(step, args=args)
         return restored["state"], restored["data"]
 
+    def read_params(self, step: int) -> dict[str, Tree]:
+        """`params`, `frozen` and `ema` of a checkpoint as numpy arrays; the optimizer's arrays are not read.
+
+        Raises:
+          CheckpointError: the step does not exist or cannot be read.
+        """
+        if step not in self._manager.all_steps():
+            steps = ", ".join(map(str, self._manager.all_steps())) or "none"
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {steps}")
+        saved = self._saved(step)
+        wanted = {name: saved[name] for name in ("params", "frozen", "ema")}
+        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            return reader.restore(f"{self.folder}/{step}/state", args=args)
+
     def tree(self, step: int) -> dict[str, tuple[int, ...]]:
         """Paths and shapes of the arrays in a checkpoint, without reading them."""
+        leaves = jax.tree_util.tree_flatten_with_path(self._saved(step))[0]
+        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
+
+    def _saved(self, step: int) -> Tree:
         saved = self._manager.item_metadata(step)["state"]
         if saved is None:
-            raise CheckpointError(f"{self.folder}/{step}: holds no state; it is incomplete or not a vlmjax checkpoint")
-        leaves = jax.tree_util.tree_flatten_with_path(getattr(saved, "tree", saved))[0]
-        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
+            raise CheckpointError(
+                f"{self.folder}/{step}: holds no state; it is incomplete or not a vlmjax checkpoint"
+            )
+        return getattr(saved, "tree", saved)
 
     def _compare(self, step: int, abstract: Tree) -> None:
         saved = self.tree(step)
@@ -117,8 +154,14 @@ class Checkpoints:
 
     def wait(self) -> None:
         """Block until what `save` began is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for pending writes and let go of the folder."""
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:500]

@@ -4,7 +4,7 @@ from typing import Any
 
 from vlmjax.config import steps_of
 from vlmjax.data.sources import Source
-from vlmjax.errors import DataError
+from vlmjax.errors import RecipeError
 
 
 class Durations:
@@ -14,11 +14,11 @@ class Durations:
         """Resolve every duration of `recipe`.
 
         Raises:
-          DataError: a batch larger than the data.
+          RecipeError: a batch larger than the data.
         """
         self.epoch = len(source)
         if self.epoch < recipe.batch_size:
-            raise DataError(
+            raise RecipeError(
                 f"config.data.train={recipe.data.train!r} holds {self.epoch} records, fewer than one batch "
                 f"(config.batch_size={recipe.batch_size}): lower the batch size or add data"
             )

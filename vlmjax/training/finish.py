@@ -26,7 +26,7 @@ class Evaluations:
     """The evaluations of a recipe, their sources opened and towers compiled once for all of them."""
 
     def __init__(self, recipe: Any, model: Any, tokenizer: Any, mesh: Mesh, workdir: Workdir):
-        """Open every entry of `recipe.evals` that names data; raises DataError before any training."""
+        """Open every entry of `recipe.evals` that names data; raises RecipeError before any training."""
         transform = build.eval_transform(recipe, model.config.image.image_shape)
         embedder = Embedder(model, tokenizer, transform, mesh)
         background = tuple(recipe.data.background)
@@ -36,11 +36,11 @@ class Evaluations:
             if entry.data:
                 batch = entry.batch_size or min(recipe.batch_size, 256)
                 benchmark = benchmark_of(name, {**entry.to_dict(), "batch_size": batch})
-                self._evaluators.append(
-                    Evaluator(
+                with build.naming(f"evals.{name}"):
+                    evaluator = Evaluator(
                         benchmark, model, tokenizer, transform, mesh, embedder=embedder, background=background
                     )
-                )
+                self._evaluators.append(evaluator)
         self.results: list[EvalResult] = []
 
     def run(self, state: TrainState) -> dict[str, float]:

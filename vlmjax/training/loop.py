@@ -1,16 +1,14 @@
 """The training loop: read `train` from top to bottom to know when everything happens."""
 
-import contextlib
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 
 from vlmjax.data.pipeline import TrainData
-from vlmjax.data.sources import open_source
 from vlmjax.errors import NonFiniteError
 from vlmjax.models import flops
 from vlmjax.sharding import distributed
@@ -19,7 +17,7 @@ from vlmjax.stages.contrastive import Contrastive
 from vlmjax.training import build, finish
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.durations import Durations
-from vlmjax.training.metrics import Clock, MetricsLog, ProgressBar
+from vlmjax.training.metrics import Clock, MetricsLog, ProgressBar, Trace
 from vlmjax.training.optimizer import make_optimizer, make_schedule
 from vlmjax.training.report import write_report
 from vlmjax.training.start import announce, start_state
@@ -41,7 +39,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     mesh = make_mesh(**recipe.mesh.to_dict())
     check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
     folder = Workdir(workdir, writer=first)
-    source = open_source(recipe.data.train, seed=recipe.seed, image_size=recipe.model.image.image_size, exclude=recipe.data.exclude or None)
+    source = build.open_train_source(recipe)
     lengths = Durations(recipe, source)
     tokenizer = build.make_tokenizer(recipe, source, folder)
     model, imported = build.make_model(recipe, tokenizer)
@@ -55,10 +53,13 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     )
 
     # State: random, imported or continued, every array born in its place on the mesh
-    def optimizer_of(params):
-        return make_optimizer(recipe.optimizer, schedule, params)
+    def optimizer_of(trainable, frozen):
+        return make_optimizer(recipe.optimizer, schedule, trainable, frozen)
 
-    state, data_state, optimizer = start_state(recipe, model, imported, optimizer_of, mesh, checkpoints)
+    frozen = (*recipe.frozen, *stage.frozen)
+    state, data_state, optimizer = start_state(
+        recipe, model, imported, optimizer_of, frozen, mesh, checkpoints
+    )
     data = TrainData(
         source,
         build.train_transform(recipe, model.config.image.image_shape),
@@ -75,7 +76,13 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         data.restore(data_state)
     start = data.step
     step_function = make_train_step(
-        stage, optimizer, schedule, mesh, seed=recipe.seed, micro_batches=recipe.micro_batches, ema_decay=recipe.ema.decay
+        stage,
+        optimizer,
+        schedule,
+        mesh,
+        seed=recipe.seed,
+        micro_batches=recipe.micro_batches,
+        ema_decay=recipe.ema.decay,
     )
     shardings = jax.tree.map(lambda x: x.sharding, state)
     step_function = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
@@ -86,6 +93,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     log = MetricsLog(folder, start)
     clock = Clock(recipe.batch_size, 3 * flops.forward_flops(model.config, recipe.batch_size))
     bar = ProgressBar(start, lengths.total, shown=first)
+    trace = Trace(folder, first=min(start + 3, lengths.total), steps=3 if profile else 0)
     recent: deque = deque(maxlen=2)
     pending: tuple[int, Any] | None = None
     results: dict[str, float] = {}
@@ -98,34 +106,38 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
             clock.step(time.perf_counter() - asked)
             recent.append((step, batch.pop("key")))
             batch = to_global(batch, mesh, recipe.batch_size)
-            with jax.transfer_guard("disallow"), _trace(profile and step == start + 5, folder):
+            trace.before(step)
+            with jax.transfer_guard("disallow"):
                 state, metrics = step_function(state, batch)
+            trace.after(step, metrics)
             if pending:
                 _check(pending, recent, folder)
             pending = (step, metrics)
             if step == start + 1:
                 jax.block_until_ready(metrics)  # compilation is over; rates begin here
                 clock.restart()
-            if step % recipe.log_every == 0 or step in (start + 1, lengths.total):
+            if step % recipe.log_every == 0 or step in (1, lengths.total):
                 row = {**_row(_check(pending, recent, folder)), **clock.read(), **_skips(data)}
                 log.write(step, {**row, "examples": step * recipe.batch_size})
                 bar.report(step, row)
                 clock.restart()
             bar.step(step)
             last = step == lengths.total
+            measured: dict[str, float] = {}
             if lengths.due("eval", step) or last:
                 _check(pending, recent, folder)
-                results = evaluations.run(state)
+                measured = results = evaluations.run(state)
                 log.write(step, results)
             if lengths.due("checkpoint", step) or last:
                 _check(pending, recent, folder)
-                checkpoints.save(step, state, data.state, results)
+                checkpoints.save(step, state, data.state, measured)
             if (lengths.due("eval", step) or lengths.due("report", step)) and not last and first:
                 write_report(folder.local)
                 folder.sync()
             if lengths.due("eval", step) or lengths.due("checkpoint", step):
                 clock.restart()
     finally:
+        trace.close()
         bar.close()
         log.close()
         data.close()
@@ -143,7 +155,12 @@ def _check(pending: tuple[int, Any], recent: deque, folder: Workdir) -> Mapping[
     groups = sorted(name for name, ok in metrics["finite_groups"].items() if not ok)
     keys = next((list(map(str, keys)) for number, keys in recent if number == step), [])
     name = f"nonfinite-{step}" + (f"-p{jax.process_index()}" if jax.process_count() > 1 else "") + ".json"
-    record = {"step": step, "loss": str(metrics["loss"]), "grad_norm": str(metrics["grad_norm"]), "groups": groups}
+    record = {
+        "step": step,
+        "loss": str(metrics["loss"]),
+        "grad_norm": str(metrics["grad_norm"]),
+        "groups": groups,
+    }
     folder.write_json(name, {**record, "keys": keys})
     folder.sync()
     raise NonFiniteError(
@@ -157,16 +174,6 @@ def _skips(data: TrainData) -> dict[str, int]:
     """Corrupt records so far on this process: all of them, and by reason."""
     by_reason = {f"skipped/{reason}": count for reason, count in sorted(data.skips.by_reason.items())}
     return {"skipped": data.skips.skipped, **by_reason}
-
-
-@contextlib.contextmanager
-def _trace(active: bool, folder: Workdir) -> Iterator[None]:
-    """A profiler trace of what runs inside, in workdir/profile, for TensorBoard or Perfetto."""
-    if not active:
-        yield
-        return
-    with jax.profiler.trace(str(folder.path("profile")), create_perfetto_trace=False):
-        yield
 
 
 def _row(metrics: Mapping[str, Any]) -> dict[str, Any]:

@@ -69,6 +69,33 @@ class Clock:
         return rates
 
 
+class Trace:
+    """A profiler trace of a few steps, whole on the device too, in workdir/profile for TensorBoard or Perfetto."""
+
+    def __init__(self, workdir: Workdir, first: int, steps: int):
+        """Trace `steps` steps from step `first` on; 0 for none."""
+        self._folder, self._steps = str(workdir.path("profile")), range(first, first + steps)
+        self._on = False
+
+    def before(self, step: int) -> None:
+        """Called before each step is started."""
+        if self._steps and step == self._steps[0]:
+            jax.profiler.start_trace(self._folder)
+            self._on = True
+
+    def after(self, step: int, metrics: Any) -> None:
+        """Called once it has been; `metrics` are awaited, since starting a step is not doing it."""
+        if self._on and step == self._steps[-1]:
+            jax.block_until_ready(metrics)
+            self.close()
+
+    def close(self) -> None:
+        """End the trace where the run ends first."""
+        if self._on:
+            jax.profiler.stop_trace()
+            self._on = False
+
+
 class MetricsLog:
     """Lines of metrics.jsonl and the same numbers in TensorBoard. Only the first process writes."""
 
@@ -87,6 +114,8 @@ class MetricsLog:
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one line; `step` counts the updates done."""
+        if not metrics:
+            return
         row = jsonable({"step": step, **metrics})
         self._file.write(json.dumps(row) + "\n")
         self._file.flush()

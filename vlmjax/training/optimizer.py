@@ -6,9 +6,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax import traverse_util
 
 from vlmjax.errors import RecipeError
 from vlmjax.sharding.rules import match_rules
+from vlmjax.training.state import merge
 
 Rules = Sequence[tuple[str, float]]
 
@@ -41,22 +43,24 @@ def make_schedule(config: Any, total: int, warmup: int, cooldown: int) -> optax.
     schedule = optax.join_schedules([optax.linear_schedule(0.0, peak, max(warmup, 1)), after], [warmup])
     if not cooldown or config.schedule in ("cosine", "linear"):
         return schedule
-    start = total - cooldown
-    return lambda count: schedule(count) * jnp.clip((total - count) / cooldown, 0.0, 1.0) ** (count >= start)
+    return lambda count: schedule(count) * jnp.clip((total - count) / cooldown, 0.0, 1.0)
 
 
-def make_optimizer(config: Any, schedule: optax.Schedule, params: Any) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Any, schedule: optax.Schedule, params: Any, frozen: Any = None
+) -> optax.GradientTransformation:
     """The gradient transformation of a recipe: clip, precondition, decay, scale by the (per-parameter) rate.
 
     Args:
       config: `recipe.optimizer`.
       schedule: from `make_schedule`.
       params: trainable parameters (arrays or shapes); the regex multipliers are resolved against their paths.
+      frozen: the others; a multiplier that matches these alone is no mistake.
 
     Weight decay is decoupled: parameters shrink by rate * weight_decay * multiplier per step (AdamW, 1711.05101).
     """
-    rates = match_rules(config.learning_rate_multipliers, params, default=1.0)
-    decays = match_rules(config.weight_decay_multipliers, params, default=1.0)
+    rates = _factors(config, "learning_rate_multipliers", params, frozen or {})
+    decays = _factors(config, "weight_decay_multipliers", params, frozen or {})
     decays = jax.tree.map(lambda factor: factor * config.weight_decay, decays)
     return optax.chain(
         optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity(),
@@ -67,13 +71,21 @@ def make_optimizer(config: Any, schedule: optax.Schedule, params: Any) -> optax.
     )
 
 
+def _factors(config: Any, name: str, params: Any, frozen: Any) -> Any:
+    """The factor of each trainable parameter, by rules that speak of the whole model."""
+    whole = match_rules(config[name], merge(params, frozen), what=f"config.optimizer.{name}", default=1.0)
+    by_path = traverse_util.flatten_dict(whole)
+    paths = traverse_util.flatten_dict(params)
+    return traverse_util.unflatten_dict({path: by_path[path] for path in paths})
+
+
 def _precondition(config: Any) -> optax.GradientTransformation:
     if config.name == "adamw":
         return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.name == "lion":
         return optax.scale_by_lion(b1=config.b1, b2=config.b2)
-    # Adafactor as ViT-G was trained with it (arXiv 2106.04560, section 3.4): factored second moment, its decay capped
-    # by b2, no scaling by the parameter's own size, momentum in bfloat16.
+    # Adafactor as ViT-G was trained with it (arXiv 2106.04560, section 3.4): factored second moment, no scaling by the
+    # parameter's own size, momentum in bfloat16. The second moment's decay is 1 - step^-0.8; b2 and eps are not used.
     return optax.chain(
         optax.scale_by_factored_rms(decay_rate=0.8, min_dim_size_to_factor=32, epsilon=1e-30),
         optax.clip_by_block_rms(1.0),

@@ -1,6 +1,6 @@
 """How a run begins: the first or the continued state, and what is told about it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,8 @@ def start_state(
     recipe: Any,
     model: Any,
     imported: Tree | None,
-    optimizer_of: Callable[[Tree], optax.GradientTransformation],
+    optimizer_of: Callable[[Tree, Tree], optax.GradientTransformation],
+    frozen: Sequence[str],
     mesh: Mesh,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, dict[str, Any], optax.GradientTransformation]:
@@ -29,15 +30,18 @@ def start_state(
     Nothing is ever whole on one device: random numbers are drawn by a program compiled with its output shardings,
     imported and restored arrays are placed slice by slice.
 
+    Args:
+      optimizer_of: makes the optimizer from the shapes of the trainable and of the frozen parameters.
+      frozen: regexes on paths of parameters that are not trained.
+
     Returns:
       (state, data position of the checkpoint or {}, optimizer).
     """
     shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
-    trainable, _ = split(shapes, recipe.frozen)
-    optimizer = optimizer_of(trainable)
+    optimizer = optimizer_of(*split(shapes, frozen))
 
     def make(params: Tree) -> TrainState:
-        return make_state(params, recipe.frozen, optimizer, bool(recipe.ema.decay))
+        return make_state(params, frozen, optimizer, bool(recipe.ema.decay))
 
     abstract = jax.eval_shape(make, shapes)
     places = state_shardings(abstract, recipe.sharding, mesh)

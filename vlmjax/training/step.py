@@ -34,7 +34,10 @@ def cached_value_and_grad(
     """
     parts = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), batch)
     keys = jax.random.split(rng, micro_batches)
-    encode = jax.checkpoint(lambda p, part, key: stage.encode(merge(p, frozen), part, key))
+
+    def encode(trainable, part, key):
+        return stage.encode(merge(trainable, frozen), part, key)
+
     stacked = jax.lax.map(lambda args: encode(params, *args), (parts, keys))
     features = jax.tree.map(lambda x: _from_micro(x, mesh), stacked)
 

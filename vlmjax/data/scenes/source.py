@@ -246,6 +246,10 @@ class Scenes:
         key = f"scenes/{self.split}/{self.style}/{self.seed}/{i}"
         return Record(key, one.image, self._captions_of(one), extra)
 
+    def captions_at(self, i: int) -> tuple[str, ...]:
+        """The captions of record number `i`; nothing is drawn for them."""
+        return self._captions_of(self.scene(int(i)))
+
     def _captions_of(self, one: Scene) -> tuple[str, ...]:
         if self.captions == "class":
             return (one.class_name,)
