@@ -42,9 +42,9 @@ def get_config(arg=""):
 
     c.optimizer.learning_rate = 5e-4  # as CLIP ViT-B, table 20
     c.optimizer.b2 = 0.98  # as CLIP, table 18
-    c.optimizer.eps = 1e-6
-    c.optimizer.weight_decay = 0.2
-    c.optimizer.warmup.steps = 2000
+    c.optimizer.eps = 1e-6  # as CLIP, table 18
+    c.optimizer.weight_decay = 0.2  # as CLIP, table 18
+    c.optimizer.warmup.steps = 2000  # as CLIP, table 18
 
     c.checkpoint.every.steps = 1000
     c.eval_every.steps = 5000

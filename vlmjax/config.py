@@ -8,6 +8,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
@@ -15,6 +16,7 @@ from ml_collections import config_dict
 from vlmjax.errors import RecipeError
 
 Config = ml_collections.ConfigDict
+UNITS = ("steps", "examples", "epochs")  # in which a duration may be given
 
 # Regex on parameter paths -> mesh axes per dimension, first match wins (stacked layers lead with a depth axis).
 # Column-parallel into attention and MLP, row-parallel out of them; the other matmul dimension is sharded by fsdp.
@@ -28,7 +30,7 @@ TOWER_SHARDING = (
 )
 
 
-def duration(steps: int | None = None, examples: int | None = None, epochs: float | None = None) -> Config:
+def duration(steps: int | None = None, examples: int | None = None, epochs: float | int | None = None) -> Config:
     """A length of training, given exactly once: as optimizer steps, as examples, or as passes over the data."""
     return Config(
         {
@@ -241,7 +243,7 @@ def _check_path(parts: list[str], schema: Config | Mapping, shown: str) -> None:
         node, seen = node[part], f"{seen}.{part}"
 
 
-def validate(config: Config, overrides: Iterable[str] = ()) -> Config:
+def validate(config: Any, overrides: Iterable[str] = ()) -> Config:
     """Check a recipe against the schema and return a locked copy.
 
     Args:
@@ -262,11 +264,11 @@ def validate(config: Config, overrides: Iterable[str] = ()) -> Config:
 
 
 def _replace_duration(config: Config, parts: list[str]) -> None:
-    if parts[-1] in ("steps", "examples", "epochs") and len(parts) > 1:
+    if parts[-1] in UNITS and len(parts) > 1:
         node = config
         for part in parts[:-1]:
             node = node[part]
-        for unit in ("steps", "examples", "epochs"):
+        for unit in UNITS:
             if unit != parts[-1]:
                 node[unit] = None
 
@@ -287,7 +289,8 @@ def _check_keys(config: Config | Mapping, schema: Config | Mapping, where: str) 
         value, default = config[key], schema[key]
         if isinstance(default, Config) != isinstance(value, Config):
             expected = "a group of keys" if isinstance(default, Config) else "a value"
-            raise RecipeError(f"{where}.{key}: expected {expected}, found {value!r}")
+            found = "a group" if isinstance(value, Config) else repr(value)
+            raise RecipeError(f"{where}.{key}: expected {expected}, found {found}")
         if isinstance(default, Config):
             _check_keys(value, default, f"{where}.{key}")
         else:
@@ -439,7 +442,7 @@ def _check_durations(c: Config) -> None:
         "checkpoint.every": c.checkpoint.every,
     }
     for name, value in durations.items():
-        given = {unit: number for unit, number in value.items() if number is not None}
+        given = {unit: value[unit] for unit in UNITS if value[unit] is not None}
         if len(given) > 1:
             raise RecipeError(
                 f"config.{name} is given {len(given)} times ({given}): keep one of steps, examples, epochs"

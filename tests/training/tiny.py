@@ -65,11 +65,15 @@ def environment(devices: int = 1) -> dict[str, str]:
     return env | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": _PLACES}
 
 
-def main(*arguments, devices: int = 1, module: str = "vlmjax.main", timeout: float = 300):
-    """`python -m vlmjax.main ...` to its end."""
-    command = [sys.executable, "-m", module, *map(str, arguments)]
+def python(*arguments, devices: int = 1, timeout: float = 300) -> subprocess.CompletedProcess:
+    """A Python process of its own, to its end."""
     return subprocess.run(
-        command, cwd=ROOT, env=environment(devices), capture_output=True, text=True, timeout=timeout
+        [sys.executable, *map(str, arguments)],
+        cwd=ROOT,
+        env=environment(devices),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
     )
 
 
