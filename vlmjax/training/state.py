@@ -25,7 +25,7 @@ class TrainState(flax.struct.PyTreeNode):
     optimizer state. `ema` is the moving average of `params`, or an empty dict.
     """
 
-    step: jax.Array  # int32 [], updates done
+    step: Any  # int32 [], updates done; like the others also its shape or sharding
     params: Tree
     frozen: Tree
     opt_state: Tree

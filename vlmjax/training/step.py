@@ -98,7 +98,7 @@ def make_train_step(
             (loss, metrics), grads = cached_value_and_grad(
                 stage, state.params, state.frozen, batch, rng, micro_batches, mesh
             )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = stage.project(optax.apply_updates(state.params, updates))
@@ -107,7 +107,7 @@ def make_train_step(
             step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=ema
         )
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
-        groups = {name: jnp.isfinite(optax.global_norm(group)) for name, group in grads.items()}
+        groups = {name: jnp.isfinite(optax.tree.norm(group)) for name, group in grads.items()}
         metrics = {
             **metrics,
             "loss": loss,
