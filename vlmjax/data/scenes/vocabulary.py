@@ -40,7 +40,7 @@ CREAM, INK = (255, 250, 240), (44, 46, 60)
 SECOND_COLOUR = {"white": INK, "yellow": INK}  # of stripes, dots and checks; every other colour takes CREAM
 
 # Diameters as a share of the image's side: three levels per size word, in 1/256.
-SIZES = {"small": (44, 46, 49), "medium": (65, 69, 73), "large": (95, 101, 107)}
+SIZES = {"small": (49, 51, 53), "medium": (69, 72, 75), "large": (103, 107, 112)}
 DIAMETER_UNIT = 1 / 256
 DIRECTIONS = ("right", "left", "up", "down")  # of arrows
 TILTS = (-16, -8, 0, 8, 16)  # degrees, clockwise

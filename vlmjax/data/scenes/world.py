@@ -121,7 +121,7 @@ def _size(region: layout.Rect, count: int, style: str, dice: Dice) -> str:
     if style == "full":
         return dice.pick(sizes)
     # At 64 pixels the shape of a small thing is hard to make out: the easier styles have fewer of them.
-    return dice.pick_weighted(sizes, (1, 2, 2)[: len(sizes)])
+    return dice.pick_weighted(sizes, (1, 2, 3)[: len(sizes)])
 
 
 def _group(
