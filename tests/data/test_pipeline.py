@@ -8,7 +8,7 @@ import pytest
 from helpers import Memory, caption, encoded, memory, picture, tokenizer
 
 from vlmjax.data import augment, images, plan
-from vlmjax.data.pipeline import TrainData, caption_id, eval_batches
+from vlmjax.data.pipeline import TrainData, caption_id
 from vlmjax.data.record import Record
 from vlmjax.errors import BadRecord, DataError
 
@@ -236,43 +236,3 @@ def test_transparency_reaches_the_random_background(words):
             source, augment.TrainTransform(8), words, batch_size=8, threads=0, background=(9, 8, 7)
         )
         assert (_take(plain, 1)[0]["pixel_values"] == [9, 8, 7]).all()
-
-
-@pytest.mark.parametrize("threads", [0, 2])
-def test_evaluation_is_one_pass_in_order(words, threads):
-    source, transform = _broken(), images.EvalTransform(16, (16, 16))
-    data = eval_batches(source, transform, words, 16, threads=threads, chunk=5)
-    assert len(data) == 4
-    for _ in range(2):
-        batches = list(data)
-        index = np.concatenate([b["index"] for b in batches])
-        np.testing.assert_array_equal(index, [*range(50), *[-1] * 14])
-        valid = np.concatenate([b["valid"] for b in batches])
-        assert valid.sum() == 44 and data.skips.seen == 50 and data.skips.skipped == 6
-        for batch in batches:
-            for row in np.flatnonzero(batch["valid"]):
-                record = source[int(batch["index"][row])]
-                assert batch["captions"][row] == record.captions and batch["key"][row] == record.key
-                np.testing.assert_array_equal(
-                    batch["pixel_values"][row], transform(images.decode(record.image))
-                )
-                np.testing.assert_array_equal(
-                    batch["input_ids"][row], words(record.captions[:1])["input_ids"][0]
-                )
-    halves = [
-        list(eval_batches(source, transform, None, 16, rows=range(k, k + 8), threads=threads)) for k in (0, 8)
-    ]
-    assert "input_ids" not in halves[0][0]
-    for whole, first, second in zip(batches, *halves, strict=True):
-        np.testing.assert_array_equal(
-            whole["pixel_values"], np.concatenate([first["pixel_values"], second["pixel_values"]])
-        )
-
-
-def test_leaving_an_evaluation_early_and_bad_shares(words):
-    transform = images.EvalTransform(16, (16, 16))
-    for batch in eval_batches(_broken(), transform, words, 16, threads=2):
-        assert batch["valid"].any()
-        break
-    with pytest.raises(DataError, match="unusable"):
-        list(eval_batches(_broken(1000), transform, words, 100, threads=0, max_bad_share=0.05))

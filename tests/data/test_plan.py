@@ -54,14 +54,6 @@ def test_global_batches_do_not_depend_on_hosts_or_chunks(hosts):
         assert rows == [int(plan.permutation(2, g // n, n)[g % n]) for g in positions]
 
 
-def test_one_pass_pads_the_end():
-    one = plan.OnePass(n=7, batch_size=4, rows=range(4), chunk=3)
-    assert len(one) == 4 and one.batches == 2
-    assert [one[i].indices.tolist() for i in range(4)] == [[0, 1, 2], [3], [4, 5, 6], [-1]]
-    half = plan.OnePass(n=7, batch_size=4, rows=range(2, 4), chunk=3)
-    assert [half[i].indices.tolist() for i in range(2)] == [[2, 3], [6, -1]]
-
-
 def test_generators_depend_on_seed_position_and_stream():
     draws = {
         args: plan.example_rng(*args).random(4).tobytes()

@@ -44,10 +44,6 @@ class SkipCounter:
         self.name, self.max_share = name, max_share
         self.seen, self.by_reason = 0, Counter()
 
-    def clear(self) -> None:
-        """Count from nothing."""
-        self.seen, self.by_reason = 0, Counter()
-
     @property
     def skipped(self) -> int:
         """All bad records so far."""
@@ -153,7 +149,7 @@ class _Buffers:
 
 
 def load(
-    chunks: plan.Plan | plan.OnePass,
+    chunks: plan.Plan,
     make: Callable[[], Batch],
     work: Callable[[plan.Chunk, Batch], list[Failure]],
     threads: int,

@@ -130,34 +130,3 @@ class Plan:
         rows = self.rows[part * self.chunk : (part + 1) * self.chunk]
         positions = step * self.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
         return Chunk(step, part * self.chunk, positions, self.indices(positions))
-
-
-@dataclasses.dataclass(frozen=True)
-class OnePass:
-    """Random access to the chunks of one ordered pass over n examples, padded with index -1."""
-
-    n: int
-    batch_size: int
-    rows: range
-    chunk: int = 32
-
-    @property
-    def chunks_per_batch(self) -> int:
-        """How many chunks make this host's part of one batch."""
-        return -(-len(self.rows) // self.chunk)
-
-    @property
-    def batches(self) -> int:
-        """Number of batches, the padded one included."""
-        return -(-self.n // self.batch_size)
-
-    def __len__(self) -> int:
-        """Number of chunks of this host."""
-        return self.batches * self.chunks_per_batch
-
-    def __getitem__(self, item: int) -> Chunk:
-        """Chunk number `item`; rows past the end carry index -1."""
-        step, part = divmod(int(item), self.chunks_per_batch)
-        rows = self.rows[part * self.chunk : (part + 1) * self.chunk]
-        positions = step * self.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
-        return Chunk(step, part * self.chunk, positions, np.where(positions < self.n, positions, -1))
