@@ -34,7 +34,9 @@ def recipe(tmp_path_factory):
     return tiny.write_recipe(tmp_path_factory.mktemp("recipe"))
 
 
-WORKDIR = "--workdir=/nowhere/run"  # never reached: what is known before jax starts is said before a folder is made
+WORKDIR = (
+    "--workdir=/nowhere/run"  # never reached: what is known before jax starts is said before a folder is made
+)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +74,11 @@ def test_mistakes_in_naming_the_recipe(recipe, tmp_path):
 def test_the_command_line_replaces_a_unit_of_the_recipe(recipe):
     """`total.epochs` beside the recipe's `total.steps`: the complaint is about the next thing, the data."""
     refused(
-        f"--config={recipe}", WORKDIR, "--config.total.epochs=2", "--config.data.train=", said="config.data.train"
+        f"--config={recipe}",
+        WORKDIR,
+        "--config.total.epochs=2",
+        "--config.data.train=",
+        said="config.data.train",
     )
 
 

@@ -42,7 +42,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     source = build.open_train_source(recipe)
     lengths = Durations(recipe, source)
     tokenizer = build.make_tokenizer(recipe, source, folder)
-    model, imported = build.make_model(recipe, tokenizer)
+    model = build.make_model(recipe, tokenizer)
     stage = STAGES[recipe.stage](recipe, model, mesh)
     schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
     checkpoints = Checkpoints(
@@ -57,9 +57,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         return make_optimizer(recipe.optimizer, schedule, trainable, frozen)
 
     frozen = (*recipe.frozen, *stage.frozen)
-    state, data_state, optimizer = start_state(
-        recipe, model, imported, optimizer_of, frozen, mesh, checkpoints
-    )
+    state, data_state, optimizer = start_state(recipe, model, optimizer_of, frozen, mesh, checkpoints)
     data = TrainData(
         source,
         build.train_transform(recipe, model.config.image.image_shape),
@@ -141,7 +139,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         bar.close()
         log.close()
         data.close()
-    checkpoints.close()
+        checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
     finish.finish(recipe, folder, model, state, tokenizer, evaluations)
     return results
 
