@@ -1,4 +1,4 @@
-"""The Hugging Face format: `load` a folder or hub id, `save` a model as a folder, `load_processor`.
+"""The Hugging Face format: `load` a folder or hub id (`load_model`: without weights), `save`, `load_processor`.
 
 Importing this room loads neither jax nor transformers; the first call does.
 """
@@ -6,12 +6,12 @@ Importing this room loads neither jax nor transformers; the first call does.
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["load", "load_processor", "save"]
+__all__ = ["load", "load_model", "load_processor", "save"]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
     """Import a public function when it is first asked for."""
-    if name in ("load", "save"):
+    if name in ("load", "load_model", "save"):
         from vlmjax.hub import folder
 
         return getattr(folder, name)

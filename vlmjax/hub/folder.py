@@ -71,10 +71,7 @@ def load(
         HubError: the folder or id is not there, holds no safetensors or another architecture, asks for
             something the model does not do, or has missing, left-over or ill-shaped tensors (all listed).
     """
-    path = locate(folder)
-    config = read_config(path)
-    family, left_behind = _family(config, architecture, path)
-    model = _with_compute(_build(family, config, path), _known(compute_dtype or dtype, "compute_dtype"))
+    path, family, left_behind, model = _open(folder, architecture, compute_dtype or dtype)
     expected = abstract_params(family, model)
     places = shardings(expected) if callable(shardings) else shardings
     names = family.names._replace(ignored=(*family.names.ignored, *left_behind))
@@ -89,6 +86,15 @@ def load(
         where=str(path),
     )
     return model, params
+
+
+def load_model(folder: str | os.PathLike[str]) -> nn.Module:
+    """Return the module that `load(folder)` gives, from config.json alone: no weights are read.
+
+    Raises:
+        HubError: the folder or id is not there, or holds another architecture or one that we do not do.
+    """
+    return _open(folder, None, "float32")[-1]
 
 
 def save(
@@ -167,6 +173,17 @@ def abstract_params(family: Family, model: nn.Module) -> dict[str, Any]:
     """Return the shapes of a model's parameters without making them."""
     inputs = family.inputs(model)
     return jax.eval_shape(lambda: model.init(jax.random.key(0), **inputs))["params"]
+
+
+def _open(
+    folder: str | os.PathLike[str], architecture: str | None, compute_dtype: str
+) -> tuple[Path, Family, tuple[str, ...], nn.Module]:
+    """Return where a folder is, the family to read it as, which tensors stay behind, and its module."""
+    path = locate(folder)
+    config = read_config(path)
+    family, left_behind = _family(config, architecture, path)
+    model = _with_compute(_build(family, config, path), _known(compute_dtype, "compute_dtype"))
+    return path, family, left_behind, model
 
 
 def _family(config: Mapping[str, Any], wanted: str | None, path: Path) -> tuple[Family, tuple[str, ...]]:

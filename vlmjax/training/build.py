@@ -1,4 +1,4 @@
-"""From a validated recipe to the objects of a run: tokenizer, transforms, model, imported parameters."""
+"""From a validated recipe to the objects of a run: source, tokenizer, transforms, model, imported parameters."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 
 from vlmjax.data import bpe, text
@@ -25,11 +24,13 @@ from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.ops.resize import resize_positions
+from vlmjax.sharding.mesh import replicated
 from vlmjax.training.workdir import Workdir
 
 # Captions read to train a "bpe:N" tokenizer; more change its merges little.
 BPE_CAPTIONS = 20_000
 SMALLEST_BPE = 514  # 2 x 256 bytes and two special tokens
+POSITIONS = "vision_model/embeddings/position_embedding"
 
 
 @contextlib.contextmanager
@@ -109,41 +110,52 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     )
 
 
-def make_model(recipe: Any, tokenizer: text.Tokenizer) -> tuple[Clip, Any]:
-    """The model of a recipe and its imported parameters (None where it starts from random numbers).
+def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip:
+    """The model of a recipe, without parameters.
 
     With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
-    the recipe keeps deciding compute dtype, remat and dropout.
+    the recipe keeps deciding image size, patch dropout, compute dtype and remat.
     """
     if not recipe.init_from:
-        return Clip(clip_config(recipe, tokenizer)), None
+        return Clip(clip_config(recipe, tokenizer))
     from vlmjax import hub
 
     with naming("init_from"):
-        model, params = hub.load(recipe.init_from)
+        model = hub.load_model(recipe.init_from)
     if not isinstance(model, Clip):
         raise RecipeError(
             f"config.init_from={recipe.init_from!r} holds a {type(model).__name__}; stage 'contrastive' needs a dual "
             "encoder (CLIPModel or VisionTextDualEncoderModel)"
         )
-    config, params = _resized(_with_compute(model.config, recipe), params, recipe.model.image.image_size)
+    config = _with_compute(model.config, recipe)
     _check_vocabulary(config.text.vocab_size, tokenizer, recipe.data.tokenizer or recipe.init_from)
-    return Clip(config), params
+    return Clip(config)
 
 
-def _resized(config: ClipConfig, params: Any, size: int) -> tuple[ClipConfig, Any]:
-    """The model at another image size: its position embeddings resampled to the new grid, once and for all."""
-    if config.image.image_size == size:
-        return config, params
-    image = dataclasses.replace(config.image, image_size=size)
-    if size % image.patch_size:
-        raise RecipeError(
-            f"config.model.image.image_size={size} is not a multiple of the model's patch_size={image.patch_size}"
-        )
-    flat = traverse_util.flatten_dict(params, sep="/")
-    name = "vision_model/embeddings/position_embedding"
-    flat[name] = resize_positions(jnp.asarray(flat[name]), config.image.grid, image.grid)
-    return dataclasses.replace(config, image=image), traverse_util.unflatten_dict(flat, sep="/")
+def import_params(recipe: Any, model: Clip, places: Any) -> Any:
+    """The parameters that `recipe.init_from` holds, every device reading its own part of the files.
+
+    At another image size than the folder's, position embeddings are resampled to the new grid, once and for all.
+
+    Args:
+      recipe: with `init_from`.
+      model: from `make_model`.
+      places: nested dict with the sharding of every parameter of `model`.
+    """
+    from vlmjax import hub
+
+    flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
+    with naming("init_from"):
+        old = hub.load_model(recipe.init_from).config.image.grid
+        if old == new:
+            return hub.load(recipe.init_from, shardings=places)[1]
+        # The table's own placement may not divide the old grid: it is read whole, and placed once it is resampled.
+        whole = flat | {POSITIONS: replicated(flat[POSITIONS].mesh)}
+        _, params = hub.load(recipe.init_from, shardings=traverse_util.unflatten_dict(whole, sep="/"))
+    resample = jax.jit(lambda table: resize_positions(table, old, new), out_shardings=flat[POSITIONS])
+    params = traverse_util.flatten_dict(params, sep="/")
+    params[POSITIONS] = resample(params[POSITIONS])
+    return traverse_util.unflatten_dict(params, sep="/")
 
 
 def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
@@ -190,8 +202,15 @@ def compute_dtype(recipe: Any) -> str:
 
 
 def _with_compute(config: ClipConfig, recipe: Any) -> ClipConfig:
+    """An imported configuration with what the recipe decides."""
+    size, patch = recipe.model.image.image_size, config.image.patch_size
+    if size != config.image.image_size and size % patch:
+        raise RecipeError(
+            f"config.model.image.image_size={size} is not a multiple of the model's patch_size={patch}"
+        )
     compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
-    image = dataclasses.replace(config.image, patch_dropout=recipe.model.image.patch_dropout, **compute)
+    dropout = recipe.model.image.patch_dropout
+    image = dataclasses.replace(config.image, image_size=size, patch_dropout=dropout, **compute)
     return dataclasses.replace(config, image=image, text=dataclasses.replace(config.text, **compute))
 
 

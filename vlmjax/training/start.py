@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlmjax.sharding.rules import format_table, shardings
+from vlmjax.training.build import import_params
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.durations import Durations
 from vlmjax.training.state import TrainState, count, make_state, merge, split, state_shardings
@@ -19,7 +20,6 @@ Tree = Any
 def start_state(
     recipe: Any,
     model: Any,
-    imported: Tree | None,
     optimizer_of: Callable[[Tree, Tree], optax.GradientTransformation],
     frozen: Sequence[str],
     mesh: Mesh,
@@ -28,7 +28,7 @@ def start_state(
     """The state a run goes on from: its newest checkpoint, imported parameters, or random ones.
 
     Nothing is ever whole on one device: random numbers are drawn by a program compiled with its output shardings,
-    imported and restored arrays are placed slice by slice.
+    imported and restored arrays are read slice by slice. Where there is a checkpoint nothing is imported.
 
     Args:
       optimizer_of: makes the optimizer from the shapes of the trainable and of the frozen parameters.
@@ -52,9 +52,9 @@ def start_state(
         )
         state, data = checkpoints.restore(step, target)
         return state, data, optimizer
-    if imported is None:
+    if not recipe.init_from:
         return jax.jit(lambda: make(init_params(model, recipe.seed)), out_shardings=places)(), {}, optimizer
-    imported = jax.tree.map(place, imported, shardings(recipe.sharding, shapes, mesh))
+    imported = import_params(recipe, model, shardings(recipe.sharding, shapes, mesh))
     return jax.jit(make, out_shardings=places)(imported), {}, optimizer
 
 
@@ -66,12 +66,6 @@ def init_params(model: Any, seed: int) -> Tree:
     pixels = np.zeros((1, height, width, 3), np.float32)
     ids = np.zeros((1, config.text.max_length), np.int32)
     return model.init(jax.random.key(seed), pixels, ids, attention_mask=np.ones_like(ids))["params"]
-
-
-def place(array: Any, sharding: jax.sharding.Sharding) -> jax.Array:
-    """A host array on the mesh; each device is given its slice alone."""
-    array = np.asarray(array)
-    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
 def announce(

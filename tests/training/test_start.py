@@ -1,0 +1,105 @@
+"""The first state of a run: imported parameters lie where the recipe says, at the recipe's image size."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec
+from training import tiny
+
+from vlmjax import hub
+from vlmjax.data import text
+from vlmjax.errors import RecipeError
+from vlmjax.models.clip import Clip, ClipConfig
+from vlmjax.models.text import TextConfig
+from vlmjax.models.vit import VitConfig
+from vlmjax.ops.resize import resize_positions
+from vlmjax.sharding.mesh import make_mesh
+from vlmjax.training import build
+from vlmjax.training.checkpoint import Checkpoints
+from vlmjax.training.start import init_params, start_state
+from vlmjax.training.state import merge
+
+SIZES = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
+MODEL = Clip(
+    ClipConfig(
+        VitConfig(**SIZES, image_size=32, patch_size=8, activation="gelu"),
+        TextConfig(**SIZES, vocab_size=64, max_length=8, eos_token_id=1, bos_token_id=0, pad_token_id=1),
+        projection_dim=16,
+    )
+)
+
+
+class Words(text.Tokenizer):
+    """As much of a tokenizer as making a model asks for."""
+
+    def __init__(self, vocab_size=60):
+        self.vocab_size = vocab_size
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    params = jax.tree.map(np.asarray, jax.jit(lambda: init_params(MODEL, 3))())
+    path = tmp_path_factory.mktemp("hf")
+    hub.save(MODEL, params, path)
+    return path, params
+
+
+def started(recipe, mesh, checkpoints, frozen=()):
+    model = build.make_model(recipe, Words())
+    state, data, _ = start_state(
+        recipe, model, lambda *_: optax.scale_by_adam(), frozen, mesh, Checkpoints(str(checkpoints))
+    )
+    return model, state, data
+
+
+@pytest.mark.parametrize(("size", "cut"), [(32, ()), (40, ("fsdp",))])
+def test_imported_parameters(folder, tmp_path, size, cut):
+    """The file's 17 positions cannot be cut in two, the 26 of the larger grid can: only those are asked to be."""
+    path, params = folder
+    recipe = tiny.recipe(init_from=str(path), model__image__image_size=size, ema__decay=0.5)
+    recipe.sharding = (("vision_model/.*/position_embedding", cut), *recipe.sharding)
+    mesh = make_mesh(data=4, fsdp=2)
+    model, state, data = started(recipe, mesh, tmp_path / "checkpoints", ("text_model/.*",))
+    assert data == {} and model.config.image.image_size == size and model.config.image.activation == "gelu"
+    table = params["vision_model"]["embeddings"]["position_embedding"]
+    wanted = np.asarray(resize_positions(jnp.asarray(table), (4, 4), model.config.image.grid))
+    assert len(wanted) == 1 + (size // 8) ** 2
+    whole = merge(state.params, state.frozen)
+    found = whole["vision_model"]["embeddings"]["position_embedding"]
+    np.testing.assert_allclose(np.asarray(found), wanted, rtol=0, atol=1e-6)
+    assert found.sharding.spec == PartitionSpec(*cut)
+    kernel = whole["vision_model"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(2, 8, 32)}
+    assert state.ema["vision_model"]["encoder"]["layers"]["mlp"]["fc1"]["kernel"].sharding == kernel.sharding
+    expected = jax.tree.map(np.asarray, params)
+    expected["vision_model"]["embeddings"]["position_embedding"] = np.asarray(found)
+    jax.tree.map(np.testing.assert_array_equal, whole, expected)
+
+
+def test_a_continued_run_reads_no_weights(folder, tmp_path):
+    path, params = folder
+    recipe = tiny.recipe(init_from=str(path), model__image__image_size=32)
+    mesh = make_mesh(data=4, fsdp=2)
+    _, state, _ = started(recipe, mesh, tmp_path / "checkpoints")
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    checkpoints.save(7, state, {"step": 7}, {})
+    checkpoints.close()
+    only_config = tmp_path / "config_only"
+    only_config.mkdir()
+    (only_config / "config.json").write_bytes((path / "config.json").read_bytes())
+    recipe.init_from = str(only_config)
+    _, again, data = started(recipe, mesh, tmp_path / "checkpoints")
+    assert data == {"step": 7}
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    with pytest.raises(RecipeError, match="config.init_from: .*holds no model.safetensors"):
+        started(recipe, mesh, tmp_path / "elsewhere")
+
+
+def test_sizes_and_vocabularies_that_do_not_fit(folder):
+    path, _ = folder
+    with pytest.raises(RecipeError, match="image_size=20 is not a multiple of the model's patch_size=8"):
+        build.make_model(tiny.recipe(init_from=str(path), model__image__image_size=20), Words())
+    with pytest.raises(RecipeError, match="has 65 tokens, the text tower embeds 64"):
+        build.make_model(tiny.recipe(init_from=str(path), model__image__image_size=32), Words(65))
