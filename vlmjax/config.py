@@ -30,7 +30,9 @@ TOWER_SHARDING = (
 )
 
 
-def duration(steps: int | None = None, examples: int | None = None, epochs: float | int | None = None) -> Config:
+def duration(
+    steps: int | None = None, examples: int | None = None, epochs: float | int | None = None
+) -> Config:
     """A length of training, given exactly once: as optimizer steps, as examples, or as passes over the data."""
     return Config(
         {

@@ -73,7 +73,9 @@ def checked_recipe() -> Config:
         )
     path = config_flags.get_config_filename(flags.FLAGS["config"])
     if not os.path.isfile(path):  # ml_collections says so only when a value is read, and in a traceback
-        raise RecipeError(f"--config={path}: no such file; recipes are python files, e.g. configs/quickstart.py")
+        raise RecipeError(
+            f"--config={path}: no such file; recipes are python files, e.g. configs/quickstart.py"
+        )
     given = config_flags.get_override_values(flags.FLAGS["config"])
     return validate(_CONFIG.value, overrides=given)
 
