@@ -4,8 +4,6 @@ A recipe file defines `get_config(arg)`, calls `recipe()` and sets what differs 
 compares it with the schema: unknown keys (with the nearest valid name), wrong types, impossible combinations.
 """
 
-import difflib
-import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -13,10 +11,10 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from vlmjax.config_checks import UNITS, check_values, nearest
 from vlmjax.errors import RecipeError
 
 Config = ml_collections.ConfigDict
-UNITS = ("steps", "examples", "epochs")  # in which a duration may be given
 
 # Regex on parameter paths -> mesh axes per dimension, first match wins (stacked layers lead with a depth axis).
 # Column-parallel into attention and MLP, row-parallel out of them; the other matmul dimension is sharded by fsdp.
@@ -51,7 +49,7 @@ def evaluation(benchmark: str, data: str = "", **options) -> Config:
     entry = _evaluation_schema()
     for name, value in {"benchmark": benchmark, "data": data, **options}.items():
         if name not in entry:
-            raise RecipeError(f"evaluation({benchmark!r}): unknown option {name!r}{_nearest(name, entry)}")
+            raise RecipeError(f"evaluation({benchmark!r}): unknown option {name!r}{nearest(name, entry)}")
         entry[name] = value
     return entry
 
@@ -215,13 +213,8 @@ def choose(c: Config, arg: str, **forms) -> Config:
     if not arg:
         return c
     if arg not in forms:
-        raise RecipeError(f"this recipe has no form {arg!r}{_nearest(arg, forms)}")
+        raise RecipeError(f"this recipe has no form {arg!r}{nearest(arg, forms)}")
     return forms[arg](c)
-
-
-def _nearest(name: str, valid: Iterable[str]) -> str:
-    close = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; valid here: {', '.join(sorted(valid))}"
 
 
 def check_overrides(arguments: Iterable[str]) -> None:
@@ -241,7 +234,7 @@ def _check_path(parts: list[str], schema: Config | Mapping, shown: str) -> None:
         if not isinstance(node, (Config, Mapping)):
             raise RecipeError(f"{shown}: {seen} is a value and has no key {part!r}")
         if part not in node:
-            raise RecipeError(f"{shown}: {seen} has no key {part!r}{_nearest(part, node)}")
+            raise RecipeError(f"{shown}: {seen} has no key {part!r}{nearest(part, node)}")
         node, seen = node[part], f"{seen}.{part}"
 
 
@@ -261,7 +254,7 @@ def validate(config: Any, overrides: Iterable[str] = ()) -> Config:
     for path in overrides:
         _replace_duration(config, path.split("."))
     _check_keys(config, recipe(), "config")
-    _check_values(config)
+    check_values(config)
     return config.lock()
 
 
@@ -287,7 +280,7 @@ def _check_keys(config: Config | Mapping, schema: Config | Mapping, where: str) 
         if where == "config.data.augment":
             continue  # the data room owns the names, see _check_data
         if key not in schema:
-            raise RecipeError(f"{where} has no key {key!r}{_nearest(key, schema)}")
+            raise RecipeError(f"{where} has no key {key!r}{nearest(key, schema)}")
         value, default = config[key], schema[key]
         if isinstance(default, Config) != isinstance(value, Config):
             expected = "a group of keys" if isinstance(default, Config) else "a value"
@@ -313,203 +306,6 @@ def _check_type(value, default, expected: type, where: str) -> None:
         return
     if not isinstance(value, expected) or (expected is int and isinstance(value, bool)):
         raise RecipeError(f"{where}={value!r}: expected {expected.__name__}, found {type(value).__name__}")
-
-
-def _check_values(c: Config) -> None:
-    _one_of(c.stage, "config.stage", ("contrastive",))
-    _one_of(c.model.text.kind, "config.model.text.kind", ("clip", "bert"))
-    _one_of(c.model.dtype, "config.model.dtype", ("auto", "bfloat16", "float32"))
-    _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
-    _one_of(c.loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
-    _one_of(c.loss.positives, "config.loss.positives", ("pairs", "captions"))
-    _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "lion", "adafactor"))
-    _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
-    for name in ("batch_size", "micro_batches", "log_every"):
-        _at_least(c[name], 1, f"config.{name}")
-    _at_least(c.seed, 0, "config.seed")
-    for name in ("width", "depth", "heads", "mlp_dim"):
-        for tower in ("image", "text"):
-            _at_least(c.model[tower][name], 1, f"config.model.{tower}.{name}")
-    for tower in ("image", "text"):
-        width, heads = c.model[tower].width, c.model[tower].heads
-        if width % heads:
-            raise RecipeError(f"config.model.{tower}.width={width} is not a multiple of heads={heads}")
-    image = c.model.image
-    _at_least(image.patch_size, 1, "config.model.image.patch_size")
-    if image.image_size < image.patch_size:
-        raise RecipeError(
-            f"config.model.image.image_size={image.image_size} is smaller than patch_size={image.patch_size}"
-        )
-    _in_range(image.patch_dropout, 0, 1, "config.model.image.patch_dropout")
-    _in_range(c.loss.label_smoothing, 0, 1, "config.loss.label_smoothing")
-    _in_range(c.ema.decay, 0, 1, "config.ema.decay")
-    _in_range(c.data.max_bad_share, 0, 1, "config.data.max_bad_share", closed=True)
-    for name in ("learning_rate", "eps"):
-        _positive(c.optimizer[name], f"config.optimizer.{name}")
-    for name in ("logit_scale_init", "logit_scale_max"):
-        _positive(c.loss[name], f"config.loss.{name}")
-    if c.loss.logit_scale == "capped" and c.loss.logit_scale_init > c.loss.logit_scale_max:
-        raise RecipeError(
-            f"config.loss.logit_scale_init={c.loss.logit_scale_init} is above logit_scale_max={c.loss.logit_scale_max}"
-        )
-    for name in ("b1", "b2"):
-        _in_range(c.optimizer[name], 0, 1, f"config.optimizer.{name}")
-    for name in ("weight_decay", "clip_norm"):
-        _at_least(c.optimizer[name], 0, f"config.optimizer.{name}")
-    _at_least(c.checkpoint.keep_last, 1, "config.checkpoint.keep_last")
-    _at_least(c.checkpoint.keep_best, 0, "config.checkpoint.keep_best")
-    _check_durations(c)
-    _check_mesh(c)
-    _check_rules(c)
-    _check_data(c)
-    _check_evals(c)
-
-
-def _check_mesh(c: Config) -> None:
-    """What can be known without devices: sizes, and that the batch divides by those that are given."""
-    for axis, size in c.mesh.items():
-        if size < 1 and not (axis == "data" and size == -1):
-            raise RecipeError(
-                f"config.mesh.{axis}={size}: expected at least 1" + (", or -1" if axis == "data" else "")
-            )
-    shards = max(c.mesh.data, 1) * c.mesh.fsdp
-    if c.batch_size % (shards * c.micro_batches):
-        raise RecipeError(
-            f"config.batch_size={c.batch_size} is not a multiple of {shards * c.micro_batches}: mesh.data * mesh.fsdp "
-            f"hold {shards} part(s) of it, in config.micro_batches={c.micro_batches}"
-        )
-
-
-def _check_data(c: Config) -> None:
-    from vlmjax.data.augment import Augmentation
-
-    if not c.data.train:
-        raise RecipeError(
-            "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"
-        )
-    if not c.data.tokenizer and not c.init_from:
-        raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
-    for name in ("background", "mean", "std"):
-        value = c.data[name]
-        if len(value) != 3 or not all(isinstance(number, (int, float)) for number in value):
-            raise RecipeError(
-                f"config.data.{name}={value!r}: expected three numbers, for red, green and blue"
-            )
-    if not all(0 <= number <= 255 and isinstance(number, int) for number in c.data.background):
-        raise RecipeError(
-            f"config.data.background={c.data.background!r}: expected whole numbers from 0 to 255"
-        )
-    if min(c.data.std) <= 0:
-        raise RecipeError(f"config.data.std={c.data.std!r}: expected numbers above 0")
-    for name in ("threads", "cache_decoded"):
-        _at_least(c.data[name], 0, f"config.data.{name}")
-    try:
-        Augmentation.from_recipe(c.data.augment.to_dict())
-    except RecipeError as error:
-        raise RecipeError(f"config.data.augment: {error}") from None
-
-
-METRICS = {
-    "zeroshot": ("top1", "top5"),
-    "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
-}
-
-
-def _check_evals(c: Config) -> None:
-    """Benchmarks exist, and the metric that ranks checkpoints is one of theirs."""
-    for name, entry in c.evals.items():
-        _one_of(entry.benchmark, f"config.evals.{name}.benchmark", tuple(METRICS))
-        for key in ("examples", "batch_size"):
-            _at_least(entry[key], 0, f"config.evals.{name}.{key}")
-    best = c.checkpoint.best_metric
-    known = [
-        f"eval/{name}/{metric}"
-        for name, entry in c.evals.items()
-        if entry.data
-        for metric in METRICS[entry.benchmark]
-    ]
-    if best and not known:
-        raise RecipeError(f"config.checkpoint.best_metric={best!r} needs an entry with data in config.evals")
-    if best and best not in known:
-        raise RecipeError(f"config.checkpoint.best_metric={best!r} is never measured{_nearest(best, known)}")
-
-
-def _check_durations(c: Config) -> None:
-    durations = {
-        "total": c.total,
-        "eval_every": c.eval_every,
-        "report_every": c.report_every,
-        "optimizer.warmup": c.optimizer.warmup,
-        "optimizer.cooldown": c.optimizer.cooldown,
-        "checkpoint.every": c.checkpoint.every,
-    }
-    for name, value in durations.items():
-        given = {unit: value[unit] for unit in UNITS if value[unit] is not None}
-        if len(given) > 1:
-            raise RecipeError(
-                f"config.{name} is given {len(given)} times ({given}): keep one of steps, examples, epochs"
-            )
-        if name == "total" and not given:
-            raise RecipeError("config.total is not given: set one of config.total.steps, .examples, .epochs")
-        for unit, number in given.items():
-            may_be_none = name in ("optimizer.warmup", "optimizer.cooldown")
-            if not (number > 0 or (number == 0 and may_be_none)) or not math.isfinite(number):
-                raise RecipeError(f"config.{name}.{unit}={number}: expected a number above 0")
-
-
-def _check_rules(c: Config) -> None:
-    factors = ("learning_rate_multipliers", "weight_decay_multipliers")
-    groups = {
-        "sharding": [rule[0] for rule in _pairs(c.sharding, "sharding", "tuple of mesh axes", (list, tuple))],
-        "frozen": list(c.frozen),
-        "data.exclude": [c.data.exclude],
-        **{
-            f"optimizer.{name}": [
-                rule[0] for rule in _pairs(c.optimizer[name], f"optimizer.{name}", "factor", (int, float))
-            ]
-            for name in factors
-        },
-        **{
-            f"evals.{name}.{key}": [entry[key]]
-            for name, entry in c.evals.items()
-            for key in ("keep", "exclude")
-        },
-    }
-    for name, patterns in groups.items():
-        for pattern in patterns:
-            try:
-                re.compile(pattern)
-            except (re.error, TypeError) as error:
-                raise RecipeError(
-                    f"config.{name}: {pattern!r} is not a regular expression ({error})"
-                ) from None
-
-
-def _pairs(rules, name: str, meaning: str, kind: type | tuple[type, ...]) -> list:
-    for rule in rules:
-        if not isinstance(rule, (list, tuple)) or len(rule) != 2 or not isinstance(rule[1], kind):
-            raise RecipeError(f"config.{name}: {rule!r} is not a pair (regular expression, {meaning})")
-    return list(rules)
-
-
-def _one_of(value, where: str, valid: tuple[str, ...]) -> None:
-    if value not in valid:
-        raise RecipeError(f"{where}={value!r}{_nearest(str(value), valid)} (one of {', '.join(valid)})")
-
-
-def _positive(value, where: str) -> None:
-    if not (value > 0 and math.isfinite(value)):
-        raise RecipeError(f"{where}={value}: expected a number above 0")
-
-
-def _at_least(value, least, where: str) -> None:
-    if not value >= least:
-        raise RecipeError(f"{where}={value}: expected at least {least}")
-
-
-def _in_range(value, low, high, where: str, closed: bool = False) -> None:
-    if not (low <= value < high or (closed and value == high)):
-        raise RecipeError(f"{where}={value}: expected a number from {low} to {high}")
 
 
 def steps_of(value: Config | Mapping, batch_size: int, examples: int) -> int | None:

@@ -79,7 +79,6 @@ class Checkpoints:
         ranked = {self.best_metric: float(metrics[self.best_metric])} if self.best_metric in metrics else None
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
         with self._writing():
-            self._manager.check_for_errors()
             self._manager.save(step, args=items, metrics=ranked, force=True)
 
     @contextlib.contextmanager
