@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec
 
 from vlmjax.errors import RecipeError
 from vlmjax.sharding.mesh import make_mesh
-from vlmjax.training.state import count, init_state, make_state, merge, split
+from vlmjax.training.state import count, make_state, merge, split, state_shardings
 
 PARAMS = {
     "vision_model": {"fc1": {"kernel": np.ones((2, 8, 4)), "bias": np.ones((2, 4))}},
@@ -64,7 +64,12 @@ def test_moments_lie_where_their_parameter_lies(name):
     mesh = make_mesh(data=2, fsdp=2, tensor=2)
     made = optax.scale_by_adam() if name == "adam" else optax.scale_by_factored_rms(min_dim_size_to_factor=2)
     params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), PARAMS)
-    state = init_state(lambda p: make_state(p, ("vision_model/.*",), made, True), params, RULES, mesh)
+
+    def make(params):
+        return make_state(params, ("vision_model/.*",), made, True)
+
+    places = state_shardings(jax.eval_shape(make, params), RULES, mesh)
+    state = jax.jit(make, out_shardings=places)(params)
     spec = PartitionSpec(None, "fsdp", "tensor")
     for tree in (state.frozen["vision_model"], state.params["text_model"], state.ema["text_model"]):
         assert tree["fc1"]["kernel"].sharding.spec == spec

@@ -16,7 +16,7 @@ from vlmjax.models.vit import VitConfig
 from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.training.start import init_params
-from vlmjax.training.state import init_state, make_state, merge
+from vlmjax.training.state import make_state, merge, state_shardings
 from vlmjax.training.step import cached_value_and_grad, make_train_step, value_and_grad
 
 BATCH = 32
@@ -68,7 +68,12 @@ def run(params, batch, *, sizes=ONE, optimizer=None, ema=0.0, frozen=(), schedul
     mesh, recipe = mesh_of(sizes), tiny.recipe(**changes)
     stage, optimizer = Contrastive(recipe, MODEL, mesh), optimizer or optax.sgd(1.0)
     frozen = (*frozen, *stage.frozen)
-    state = init_state(lambda p: make_state(p, frozen, optimizer, bool(ema)), params, recipe.sharding, mesh)
+
+    def make(params):
+        return make_state(params, frozen, optimizer, bool(ema))
+
+    places = state_shardings(jax.eval_shape(make, params), recipe.sharding, mesh)
+    state = jax.jit(make, out_shardings=places)(params)
     step = make_train_step(
         stage, optimizer, schedule, mesh, seed=0, micro_batches=recipe.micro_batches, ema_decay=ema
     )

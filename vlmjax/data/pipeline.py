@@ -156,10 +156,10 @@ class TrainData:
         chosen = int(rng.integers(len(record.captions))) if self._random else 0
         return self._transform(pixels, rng), record.captions[chosen], record.key
 
-    @property
-    def epoch(self) -> float:
-        """Passes over the data before the next batch."""
-        return self.step * self.batch_size / len(self.source)
+    def indices(self, step: int) -> np.ndarray:
+        """Which examples of the source make the global batch of a step: int64 [batch_size]."""
+        first = step * self.batch_size
+        return self._plan.indices(np.arange(first, first + self.batch_size))
 
     @property
     def state(self) -> dict[str, Any]:

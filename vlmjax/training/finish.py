@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints: evaluations, what the report shows, the report and the export."""
 
 import platform
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -10,12 +11,13 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import vlmjax
-from vlmjax.evals.benchmark import EvalResult, benchmark_of
+from vlmjax.data.sources import Source
+from vlmjax.evals.benchmark import Benchmark, EvalResult, benchmark_of
 from vlmjax.evals.embed import Embedder
 from vlmjax.evals.runner import Evaluator
 from vlmjax.evals.table import print_results
 from vlmjax.training import build
-from vlmjax.training.report import save_result, write_report
+from vlmjax.training.report import save_result, save_similarity, write_report
 from vlmjax.training.state import TrainState, merge
 from vlmjax.training.workdir import Workdir
 
@@ -28,19 +30,23 @@ class Evaluations:
     def __init__(self, recipe: Any, model: Any, tokenizer: Any, mesh: Mesh, workdir: Workdir):
         """Open every entry of `recipe.evals` that names data; raises RecipeError before any training."""
         transform = build.eval_transform(recipe, model.config.image.image_shape)
-        embedder = Embedder(model, tokenizer, transform, mesh)
-        background = tuple(recipe.data.background)
-        self._workdir = workdir
+        self._evaluator = partial(
+            Evaluator,
+            model=model,
+            tokenizer=tokenizer,
+            transform=transform,
+            mesh=mesh,
+            embedder=Embedder(model, tokenizer, transform, mesh),
+            background=tuple(recipe.data.background),
+        )
+        self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
         for name, entry in recipe.evals.items():
             if entry.data:
-                batch = entry.batch_size or min(recipe.batch_size, 256)
+                batch = entry.batch_size or self._batch_size
                 benchmark = benchmark_of(name, {**entry.to_dict(), "batch_size": batch})
                 with build.naming(f"evals.{name}"):
-                    evaluator = Evaluator(
-                        benchmark, model, tokenizer, transform, mesh, embedder=embedder, background=background
-                    )
-                self._evaluators.append(evaluator)
+                    self._evaluators.append(self._evaluator(benchmark))
         self.results: list[EvalResult] = []
 
     def run(self, state: TrainState) -> dict[str, float]:
@@ -51,6 +57,17 @@ class Evaluations:
             for result in self.results:
                 save_result(self._workdir.local, result)
         return {key: value for result in self.results for key, value in result.row().items()}
+
+    def compare(self, state: TrainState, batch: Source) -> None:
+        """Keep the similarity matrix of some pairs of a batch, where no retrieval evaluation leaves one."""
+        if any(evaluator.benchmark.benchmark == "retrieval" for evaluator in self._evaluators):
+            return
+        size = self._batch_size
+        benchmark = Benchmark("batch", "retrieval", batch.name, examples=size, batch_size=size)
+        details = self._evaluator(benchmark, source=batch).run(evaluated(state)).details
+        if self._workdir.writer:
+            pairs = details["similarity"]
+            save_similarity(self._workdir.local, pairs["images"], pairs["captions"], pairs["similarity"])
 
 
 def evaluated(state: TrainState) -> Any:
@@ -76,9 +93,16 @@ def describe(workdir: Workdir, recipe: Any, model: Any, mesh: Mesh) -> None:
 
 
 def finish(
-    recipe: Any, workdir: Workdir, model: Any, state: TrainState, tokenizer: Any, evaluations: Evaluations
+    recipe: Any,
+    workdir: Workdir,
+    model: Any,
+    state: TrainState,
+    tokenizer: Any,
+    evaluations: Evaluations,
+    batch: Source,
 ) -> None:
-    """End a run: the table of results, the report, the Hugging Face folder."""
+    """End a run: the table of results, the report (with pairs of `batch`, the last one), the Hugging Face folder."""
+    evaluations.compare(state, batch)
     if recipe.export:
         export_params = jax.tree.map(_whole, evaluated(state))
     if not workdir.writer:

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmjax.data.folder import Subset
 from vlmjax.data.pipeline import TrainData
 from vlmjax.errors import NonFiniteError
 from vlmjax.models import flops
@@ -140,7 +141,8 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         log.close()
         data.close()
         checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
-    finish.finish(recipe, folder, model, state, tokenizer, evaluations)
+    last_batch = Subset(source, data.indices(lengths.total - 1))
+    finish.finish(recipe, folder, model, state, tokenizer, evaluations, last_batch)
     return results
 
 

@@ -76,9 +76,8 @@ def announce(
     devices = (
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
     )
-    epoch = "endless" if lengths.epoch is None else f"{lengths.epoch:,} records"
     print(f"devices     {devices}; mesh {axes}")
-    print(f"data        {source_name}: {epoch}; batch {recipe.batch_size}")
+    print(f"data        {source_name}: {lengths.epoch:,} records; batch {recipe.batch_size}")
     trainable, frozen = count(state.params), count(state.frozen)
     print(f"parameters  {trainable + frozen:,} ({trainable:,} trained, {frozen:,} frozen)")
     print(f"steps       {start} to {lengths.total}" + (" (continued)" if start else ""))

@@ -1,7 +1,7 @@
 """What a training run carries from step to step, and where each array of it lives on the mesh."""
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.struct
@@ -90,19 +90,6 @@ def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainS
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
-
-
-def init_state(
-    make: Callable[[Any], TrainState], seed_or_params: Any, rules: Sequence, mesh: Mesh
-) -> TrainState:
-    """Run `make` so that no array is ever whole on one device: compiled with its output shardings.
-
-    Args:
-      make: from a key (or imported parameters) to a TrainState.
-      seed_or_params: its argument.
-    """
-    abstract = jax.eval_shape(make, seed_or_params)
-    return jax.jit(make, out_shardings=state_shardings(abstract, rules, mesh))(seed_or_params)
 
 
 def count(tree: Tree) -> int:
