@@ -1,7 +1,7 @@
 """What the small recipes reach on this machine: results, training time and CPU time of each, as one table and JSON.
 
 `python benchmarks/small_recipes.py --out=small.json` measures the quickstart. `--emoji=SHARDS` adds `clip_emoji.py`
-with one style held out; `--caltech101=SHARDS --heldout="[05]$"` adds `clip_caltech101.py`, with the matching keys held out.
+with one style held out; `--caltech101=SHARDS --heldout="[05]$"` adds `clip_caltech101.py` with those keys held out.
 """
 
 import argparse
