@@ -165,7 +165,7 @@ def recipe() -> Config:
     c.checkpoint.keep_best = 1  # needs best_metric
     c.checkpoint.best_metric = ""  # e.g. "eval/heldout/top1"; higher is better
 
-    c.mesh = Config({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; one -1 takes the rest
+    c.mesh = Config({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; data -1 takes the rest
     c.sharding = TOWER_SHARDING  # ((regex, mesh axis or None per dimension), ...), first match wins
     return c
 

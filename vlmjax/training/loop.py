@@ -90,7 +90,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         finish.describe(folder, recipe, model, mesh)
         announce(recipe, state, mesh, lengths, start, source.name)
     log = MetricsLog(folder, start)
-    clock = Clock(recipe.batch_size, 3 * flops.forward_flops(model.config, recipe.batch_size))
+    clock = Clock(recipe.batch_size, 3 * flops.forward_flops(model.config, recipe.batch_size, train=True))
     bar = ProgressBar(start, lengths.total, shown=first)
     trace = Trace(folder, first=min(start + 3, lengths.total), steps=3 if profile else 0)
     recent: deque = deque(maxlen=2)
