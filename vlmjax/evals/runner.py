@@ -185,16 +185,3 @@ class Evaluator:
             )
 
         return scored["metrics"], scored["chance"], more, shown
-
-
-def run(
-    benchmark: Benchmark,
-    model: Any,
-    params: Any,
-    tokenizer: Any,
-    transform: Any,
-    mesh: jax.sharding.Mesh,
-    **options: Any,
-) -> EvalResult:
-    """Evaluate once. To measure again and again keep an Evaluator, which takes the same `options`."""
-    return Evaluator(benchmark, model, tokenizer, transform, mesh, **options).run(params)
