@@ -55,6 +55,7 @@ def main() -> None:
     """Measure what the flags ask for and print it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", help="JSON file to write")
+    parser.add_argument("--runs", help="empty folder that keeps the runs and their reports")
     parser.add_argument("--emoji", help="shards of drawings whose keys are style_name")
     parser.add_argument("--caltech101", help="shards of photographs")
     parser.add_argument(
@@ -70,7 +71,8 @@ def main() -> None:
         "machine": f"{os.cpu_count()} x {platform.processor() or platform.machine()}, load {os.getloadavg()[0]:.1f}",
         "jax": metadata.version("jax"),
     }
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as temporary:
+        scratch = args.runs or temporary
         results["quickstart"] = run("configs/quickstart.py", Path(scratch, "quickstart"))
         if args.emoji:
             folder, config = Path(scratch, "emoji"), "configs/clip_emoji.py:leave_out=noto"
