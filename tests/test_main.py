@@ -39,6 +39,11 @@ WORKDIR = (
 )
 
 
+def test_the_tiny_form_of_every_recipe_is_found():
+    for path in sorted((ROOT / "configs").glob("*.py")):
+        refused(f"--config={path}:tiny", WORKDIR, "--config.micro_batches=7", said="not a multiple of 7")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

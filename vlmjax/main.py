@@ -71,7 +71,7 @@ def checked_recipe() -> Config:
         raise RecipeError(
             "--workdir is not given: name the folder of the run, e.g. --workdir=runs/quickstart"
         )
-    path = config_flags.get_config_filename(flags.FLAGS["config"])
+    path = config_flags.get_config_filename(flags.FLAGS["config"]).partition(":")[0]
     if not os.path.isfile(path):  # ml_collections says so only when a value is read, and in a traceback
         raise RecipeError(
             f"--config={path}: no such file; recipes are python files, e.g. configs/quickstart.py"
