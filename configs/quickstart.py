@@ -7,7 +7,7 @@ def get_config(arg=""):
     """Sizes and rates are our own, chosen by measurement for two CPU cores; `:tiny` is a smoke test."""
     c = config.recipe()
     c.batch_size = 128
-    c.total.steps = 400
+    c.total.steps = 290
     c.log_every = 10
 
     c.model.image.update(
