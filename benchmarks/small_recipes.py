@@ -5,6 +5,7 @@ with one style held out; `--caltech101=SHARDS --heldout="[05]$"` adds `clip_calt
 """
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -27,7 +28,7 @@ def run(config: str, workdir: Path, *overrides: str) -> dict:
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     steps = [row for row in rows if "step_seconds" in row]
-    counts = [b["step"] - a["step"] for a, b in zip([{"step": 1}, *steps], steps, strict=False)]
+    counts = [b - a for a, b in itertools.pairwise([1, *(row["step"] for row in steps)])]
     return {
         "command": " ".join(command[1:]),
         "wall_seconds": time.perf_counter() - start,

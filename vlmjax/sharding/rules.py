@@ -118,10 +118,10 @@ def _check(path: str, shape: Sequence[int], spec: Any, mesh: Mesh) -> None:
             raise RecipeError(f"{about}: no axis {name!r}, the mesh has {', '.join(mesh.axis_names)}")
         if names.count(name) > 1:
             raise RecipeError(f"{about}: axis {name!r} is used twice")
-    for dim, (size, entry) in enumerate(zip(shape, spec, strict=False)):
+    for dim, entry in enumerate(spec):
         parts = math.prod(mesh.shape[name] for name in _axes(entry))
-        if size % parts:
-            raise RecipeError(f"{about}: dimension {dim} of {size} cannot be cut into {parts} equal parts")
+        if shape[dim] % parts:
+            raise RecipeError(f"{about}: dimension {dim} of {shape[dim]} cannot be cut into {parts} equal parts")
 
 
 def _show(spec: Any) -> str:
