@@ -121,7 +121,9 @@ def _check(path: str, shape: Sequence[int], spec: Any, mesh: Mesh) -> None:
     for dim, entry in enumerate(spec):
         parts = math.prod(mesh.shape[name] for name in _axes(entry))
         if shape[dim] % parts:
-            raise RecipeError(f"{about}: dimension {dim} of {shape[dim]} cannot be cut into {parts} equal parts")
+            raise RecipeError(
+                f"{about}: dimension {dim} of {shape[dim]} cannot be cut into {parts} equal parts"
+            )
 
 
 def _show(spec: Any) -> str:
