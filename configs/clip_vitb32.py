@@ -34,7 +34,7 @@ def get_config(arg=""):
 
     c.data.train = "/data/cc12m-{00000..01242}.tar"
     c.data.tokenizer = "openai/clip-vit-base-patch32"
-    c.data.augment = config.Config({"crop_scale": (0.9, 1.0)})  # section 2.4: a random square crop
+    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0))  # section 2.4: a random square crop
 
     c.optimizer.learning_rate = 5e-4  # table 20
     c.optimizer.b2 = 0.98  # table 18

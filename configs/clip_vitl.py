@@ -41,9 +41,8 @@ def get_config(arg=""):
 
     c.data.train = "/data/cc12m-{00000..01242}.tar"  # img2dataset's layout: .jpg .txt .json
     c.data.tokenizer = "openai/clip-vit-large-patch14"
-    c.data.augment = config.Config(
-        {"crop_scale": (0.9, 1.0)}
-    )  # section 2.4: a random square crop is the only one
+    # section 2.4: a random square crop is the only one
+    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0))
 
     c.optimizer.name = "adamw"  # section 2.5
     c.optimizer.learning_rate = 4e-4  # table 20

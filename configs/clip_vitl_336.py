@@ -28,7 +28,7 @@ def get_config(arg=""):
 
     c.data.train = "/data/cc12m-{00000..01242}.tar"
     c.data.tokenizer = "openai/clip-vit-large-patch14"
-    c.data.augment = config.Config({"crop_scale": (0.9, 1.0)})
+    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0))
 
     c.optimizer.learning_rate = 2e-5  # table 20
     c.optimizer.b2 = 0.98  # table 18

@@ -19,9 +19,8 @@ def get_config(arg=""):
     c.loss.positives = "captions"  # short captions fit several pictures of a batch
     c.data.train = "scenes:train:single,scenes:train:simple"
     c.data.tokenizer = "bpe:1024"
-    c.data.augment = config.Config(
-        {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0)}
-    )  # places are part of the captions
+    # places are part of the captions
+    c.data.augment = config.augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 
     c.optimizer.learning_rate = 2e-3
     c.optimizer.weight_decay = 0.1

@@ -1,5 +1,6 @@
 """The schema of recipes: every mistake is one clear line, and the recipes in configs/ say what their papers say."""
 
+import dataclasses
 import importlib.util
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlmjax import config
+from vlmjax.data.augment import Augmentation
 from vlmjax.errors import RecipeError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -252,6 +254,14 @@ class TestDurations:
         assert config.steps_of(config.duration(**given), batch_size=32, examples=100) == steps
 
 
+def test_an_augmentation_starts_from_every_default_and_names_what_it_does_not_know():
+    found = config.augmentation(rotate=5, jitter=(0.1, 0.2, 0.3, 0.0))
+    assert found.rotate == 5.0 and tuple(found.jitter) == (0.1, 0.2, 0.3, 0.0)
+    assert set(found) == {field.name for field in dataclasses.fields(Augmentation)}
+    with pytest.raises(RecipeError, match="'rotat' is unknown; did you mean 'rotate'"):
+        config.augmentation(rotat=5)
+
+
 class TestCommandLine:
     """Misspelt paths are found before absl, whose answer would be a traceback."""
 
@@ -273,6 +283,10 @@ class TestCommandLine:
         ("argument", "said"),
         [
             ("--config.batchsize=1", "config has no key 'batchsize'; did you mean 'batch_size'?"),
+            (
+                "--config.data.augment.rotat=1",
+                "config.data.augment has no key 'rotat'; did you mean 'rotate'?",
+            ),
             ("--config.model.image.widht=3", "did you mean 'width'?"),
             ("--config.model.vision.width=3", "config.model has no key 'vision'"),
             ("--config.seed.x=3", "config.seed is a value and has no key 'x'"),

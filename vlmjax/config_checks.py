@@ -33,7 +33,7 @@ def check_values(c: Any) -> None:
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
     _one_of(c.loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
     _one_of(c.loss.positives, "config.loss.positives", ("pairs", "captions"))
-    _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "lion", "adafactor"))
+    _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
     for name in ("batch_size", "micro_batches", "log_every"):
         _at_least(c[name], 1, f"config.{name}")

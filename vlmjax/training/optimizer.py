@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from flax import traverse_util
 
 from vlmjax.errors import RecipeError
@@ -84,6 +85,8 @@ def _precondition(config: Any) -> optax.GradientTransformation:
         return optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
     if config.name == "lion":
         return optax.scale_by_lion(b1=config.b1, b2=config.b2)
+    if config.name == "muon":
+        return _muon(config)
     # Adafactor as ViT-G was trained with it (arXiv 2106.04560, section 3.4): factored second moment, no scaling by the
     # parameter's own size, momentum in bfloat16. The second moment's decay is 1 - step^-0.8; b2 and eps are not used.
     return optax.chain(
@@ -91,3 +94,28 @@ def _precondition(config: Any) -> optax.GradientTransformation:
         optax.clip_by_block_rms(1.0),
         optax.ema(config.b1, debias=False, accumulator_dtype=jnp.bfloat16),
     )
+
+
+def _muon(config: Any) -> optax.GradientTransformation:
+    """Muon for the layers' matrices, Adam for embeddings, projections, gains and biases; Nesterov momentum for all.
+
+    Updates of a matrix are orthogonalised momentum (momentum b1), scaled to the size that Adam's have: 0.2
+    sqrt(larger side) (Liu et al. 2025, arXiv 2502.16982, section 2.2), so that one rate and one decay serve both.
+    """
+    muon = optax.contrib.muon(
+        learning_rate=1.0,
+        beta=config.b1,
+        adam_b1=config.b1,
+        adam_b2=config.b2,
+        eps=config.eps,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=lambda params: jax.tree_util.tree_map_with_path(_matrix_axes, params),
+    )
+    return optax.chain(muon, optax.scale(-1.0))  # optax's already turns downhill; our chain does that last
+
+
+def _matrix_axes(path: tuple, param: Any) -> optax.contrib.MuonDimensionNumbers | None:
+    """Axes of a stack of matrices [depth, in, out]; None for what Adam updates."""
+    if path[-1].key != "kernel" or param.ndim != 3:
+        return None
+    return optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
