@@ -11,33 +11,31 @@ def get_config(arg=""):
     The record keys are `style_name`. Sizes and rates are our own, chosen by measurement for two CPU cores.
     """
     c = config.recipe()
-    c.batch_size = 128
-    c.total.steps = 900
-    c.log_every = 20
+    c.batch_size = 64  # many small steps: three thousand drawings are learned in fifty passes
+    c.total.steps = 2300
+    c.log_every = 50
 
     c.model.image.update(
-        {"width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 48, "patch_size": 8}
+        {"width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "patch_size": 16}
     )
-    c.model.text.update({"width": 128, "depth": 2, "heads": 4, "mlp_dim": 512, "max_length": 16})
+    c.model.text.update({"width": 128, "depth": 1, "heads": 4, "mlp_dim": 512, "max_length": 12})
     c.model.projection_dim = 128
 
     c.loss.positives = "captions"  # a name appears once per style
     c.data.train = "emoji-{00000..00003}.tar.gz"
     c.data.tokenizer = "bpe:2048"
     c.data.cache_decoded = 72  # the drawings are 72 px and are seen dozens of times
-    c.data.augment = config.Config(
-        {
-            "crop_scale": (0.6, 1.0),
-            "flip": 0.3,
-            "rotate": 15.0,
-            "zoom": (0.7, 1.0),
-            "background": 0.5,  # the drawings are cut out: what is behind them means nothing
-            "jitter": 0.4,
-            "grayscale": 0.2,
-        }
+    c.data.augment = config.augmentation(
+        crop_scale=(0.6, 1.0),
+        flip=0.3,
+        rotate=10.0,
+        zoom=(0.7, 1.0),
+        jitter=0.2,  # colours mean much (flags, hearts): stronger changes learn slower and end lower
     )
 
+    c.optimizer.name = "muon"  # learns twice as fast as AdamW here
     c.optimizer.learning_rate = 2e-3
+    c.optimizer.b1 = 0.95
     c.optimizer.weight_decay = 0.2
     c.optimizer.clip_norm = 1.0
     c.optimizer.warmup.steps = 60

@@ -207,8 +207,9 @@ def _leaves(tree):
 def test_a_finished_run_started_again_trains_no_further(uninterrupted):
     folder, recipe, _, _ = uninterrupted
     before = exact(folder / "run")
-    run(recipe, folder / "run")
+    out, _ = run(recipe, folder / "run")
     assert exact(folder / "run") == before
+    assert "chance" in out  # the table of results is shown again
 
 
 def test_continuing_with_what_does_not_fit_is_refused(uninterrupted):

@@ -141,6 +141,8 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         log.close()
         data.close()
         checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
+    if start >= lengths.total:
+        results = evaluations.run(state)  # the run was over before: say again what it reached
     last_batch = Subset(source, data.indices(lengths.total - 1))
     finish.finish(recipe, folder, model, state, tokenizer, evaluations, last_batch)
     return results
