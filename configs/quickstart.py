@@ -7,7 +7,7 @@ def get_config(arg=""):
     """Sizes and rates are our own, chosen by measurement for two CPU cores; `:tiny` is a smoke test."""
     c = config.recipe()
     c.batch_size = 128
-    c.total.steps = 290
+    c.total.steps = 280
     c.log_every = 10
 
     c.model.image.update(
@@ -22,7 +22,9 @@ def get_config(arg=""):
     # places are part of the captions
     c.data.augment = config.augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
 
+    c.optimizer.name = "muon"  # AdamW finds 60 pictures of 100 in as many steps, Muon 75
     c.optimizer.learning_rate = 2e-3
+    c.optimizer.b1 = 0.95
     c.optimizer.weight_decay = 0.1
     c.optimizer.clip_norm = 1.0
     c.optimizer.warmup.steps = 50
