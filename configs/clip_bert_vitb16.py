@@ -38,7 +38,7 @@ def get_config(arg=""):
 
     c.data.train = "/data/cc12m-{00000..01242}.tar"
     c.data.tokenizer = "google-bert/bert-base-uncased"
-    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0))
+    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0), crop_ratio=(1.0, 1.0))
 
     c.optimizer.learning_rate = 5e-4  # as CLIP ViT-B, table 20
     c.optimizer.b2 = 0.98  # as CLIP, table 18

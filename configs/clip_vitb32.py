@@ -34,7 +34,8 @@ def get_config(arg=""):
 
     c.data.train = "/data/cc12m-{00000..01242}.tar"
     c.data.tokenizer = "openai/clip-vit-base-patch32"
-    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0))  # section 2.4: a random square crop
+    # section 2.4: a random square crop alone; the paper does not give its size, 0.9 is open_clip's
+    c.data.augment = config.augmentation(crop_scale=(0.9, 1.0), crop_ratio=(1.0, 1.0))
 
     c.optimizer.learning_rate = 5e-4  # table 20
     c.optimizer.b2 = 0.98  # table 18

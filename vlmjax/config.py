@@ -92,7 +92,9 @@ def recipe() -> Config:
     c.batch_size = 256  # global, examples per optimizer step; divisible by data * fsdp * micro_batches
     c.micro_batches = 1  # forward passes per step; the result equals one large batch
     c.total = duration()  # length of the run
-    c.init_from = ""  # HF folder or hub id to start from; its config replaces model.*
+    # HF folder or hub id to start from; its tokenizer replaces "bpe:N", its config model.* but for image_size,
+    # patch_dropout, max_length, dtype and remat
+    c.init_from = ""
     c.frozen = ()  # regexes on parameter paths that are not trained, e.g. ("vision_model/.*",) for LiT
     c.log_every = 10  # steps between lines of metrics.jsonl
     c.eval_every = duration()  # nothing set: at the end only
@@ -132,7 +134,7 @@ def recipe() -> Config:
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     c.loss = Config()
-    c.loss.logit_scale = "capped"  # learned | capped (learned, at most logit_scale_max) | fixed
+    c.loss.logit_scale = "capped"  # learned | capped (at most logit_scale_max) | fixed (as it starts)
     c.loss.logit_scale_init = 1 / 0.07  # CLIP paper section 2.5
     c.loss.logit_scale_max = 100.0  # CLIP paper section 2.5
     c.loss.label_smoothing = 0.0

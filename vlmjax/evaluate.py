@@ -59,6 +59,7 @@ def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
     from vlmjax.export import load_workdir
     from vlmjax.sharding.mesh import replicated
 
+    path = path if "://" in path else os.path.expanduser(path)
     folder = Path(path)
     is_run = "://" in path or (folder / "recipe.json").is_file()
     if is_run and not (folder / "checkpoints").is_dir() and (folder / "hf" / "config.json").is_file():
@@ -92,6 +93,8 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
     initialize()
     import jax
 
+    if "://" in options.report:
+        raise UserError(f"--report={options.report}: name a folder on a disk")
     fields = (
         "benchmark",
         "data",
@@ -121,9 +124,12 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
 
 
 def _write(path: str, row: dict[str, Any]) -> None:
+    import fsspec
+
     try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(path, "w", encoding="utf-8") as file:
+        system, target = fsspec.core.url_to_fs(path)
+        system.makedirs(target.rpartition("/")[0], exist_ok=True)
+        with system.open(target, "w", encoding="utf-8") as file:
             json.dump(row, file, indent=2)
             file.write("\n")
     except OSError as error:

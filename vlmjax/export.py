@@ -35,7 +35,7 @@ def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, An
     from vlmjax.training.state import merge
     from vlmjax.training.workdir import Workdir
 
-    if "://" not in workdir and not Path(workdir).is_dir():
+    if "://" not in workdir and not Path(workdir).expanduser().is_dir():
         raise CheckpointError(f"{workdir}: no such folder")
     folder = Workdir(workdir, writer=False)
     for name in ("recipe.json", "model.json"):
@@ -76,6 +76,8 @@ def parse(arguments: Sequence[str]) -> None:
     for name in ("workdir", "out"):
         if not FLAGS[name].value:
             raise UserError(f"--{name} is not given: {FLAGS[name].help}")
+    if "://" in FLAGS.out:
+        raise UserError(f"--out={FLAGS.out}: name a folder on a disk, and copy it to the bucket from there")
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -83,8 +85,9 @@ def main(arguments: Sequence[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         parse(arguments)
-        export(FLAGS.workdir, FLAGS.out, step=FLAGS.step)
-        print(f"wrote {FLAGS.out}")
+        out = os.path.expanduser(FLAGS.out)
+        export(FLAGS.workdir, out, step=FLAGS.step)
+        print(f"wrote {out}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

@@ -1,5 +1,6 @@
 """From a recipe to the objects of a run."""
 
+import dataclasses
 import json
 import math
 
@@ -9,6 +10,7 @@ from training import tiny
 from vlmjax import config
 from vlmjax.data import bpe
 from vlmjax.data.record import Record
+from vlmjax.data.sources import Concat
 from vlmjax.errors import BadRecord, DataError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.text import TextConfig
@@ -65,10 +67,45 @@ def test_a_tokenizer_left_by_another_recipe_is_replaced(tmp_path):
     assert other.vocab_size == 514
 
 
+def test_the_tokenizer_of_a_run_with_a_checkpoint_is_never_replaced(tmp_path):
+    workdir, source = Workdir(str(tmp_path)), Words([("a red circle",)] * 20)
+    build.make_tokenizer(recipe(data__tokenizer="bpe:520"), source, workdir)
+    workdir.write_json("recipe.json", recipe(data__tokenizer="bpe:520").to_dict())
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    before = (tmp_path / "tokenizer" / "tokenizer.json").read_bytes()
+    with pytest.raises(RecipeError, match="holds a run with tokenizer 'bpe:520', this recipe has 'bpe:514'"):
+        build.make_tokenizer(recipe(data__tokenizer="bpe:514"), source, workdir)
+    assert (tmp_path / "tokenizer" / "tokenizer.json").read_bytes() == before
+
+
+def test_an_imported_model_keeps_its_tokenizer():
+    named = {"init_from": "openai/clip", "data__tokenizer": "bpe:514"}
+    assert build.tokenizer_name(recipe(**named)) == "openai/clip"
+    assert build.tokenizer_name(recipe(**named | {"data__tokenizer": ""})) == "openai/clip"
+    assert build.tokenizer_name(recipe(**named | {"data__tokenizer": "my/words"})) == "my/words"
+
+
+def test_a_tokenizer_whose_texts_end_elsewhere_is_refused(tokenizer):
+    words = build.clip_config(recipe(data__tokenizer="bpe:530"), tokenizer).text
+    with pytest.raises(RecipeError, match=r"ends a text with id \d+, the text tower reads it at id 7"):
+        build._check_end(dataclasses.replace(words, eos_token_id=7), tokenizer, "bpe:530")
+    build._check_end(
+        dataclasses.replace(words, eos_token_id=2), tokenizer, "bpe:530"
+    )  # the largest id of a text
+    build._check_end(BertConfig(8, 1, 2, 16, vocab_size=600, max_length=8), tokenizer, "bpe:530")
+
+
 def test_captions_are_read_up_to_a_number(monkeypatch):
     monkeypatch.setattr(build, "BPE_CAPTIONS", 5)
-    source = Words([("a", "b"), None, (), ("c", "d"), ("e",), ("f",)])
-    assert list(build._captions(source)) == ["a", "b", "c"] and source.read == 4
+    source = Words([("a", "b", "c"), None, (), ("d", "e", "f"), ("g", "h", "i"), ("j", "k", "l")])
+    found = list(build._captions(source))
+    assert source.read <= 5 and 3 <= len(set(found)) == len(found) <= 5
+
+
+def test_captions_come_from_every_part_of_the_data(monkeypatch):
+    monkeypatch.setattr(build, "BPE_CAPTIONS", 40)
+    found = list(build._captions(Concat([Words([("one",)] * 5000), Words([("two",)] * 5000)])))
+    assert len(found) == 40 and 10 < found.count("two") < 30
 
 
 def test_captions_of_scenes_are_those_of_the_records():

@@ -81,6 +81,27 @@ def test_in_a_bucket_only_what_changed_is_sent(bucket):
     assert again.checkpoints == f"{bucket}/checkpoints"
 
 
+@pytest.mark.parametrize("writer", [True, False])
+def test_what_any_process_leaves_is_at_the_root(bucket, tmp_path, writer):
+    system = fsspec.filesystem("memory")
+    address = Workdir(bucket, writer=writer).leave("x.json", {"a": 1})
+    assert address == f"{bucket}/x.json" and json.loads(system.cat(address)) == {"a": 1}
+    address = Workdir(str(tmp_path), writer=writer).leave("x.json", {"a": 2})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"a": 2} and address == str(tmp_path / "x.json")
+
+
+def test_whether_there_is_a_checkpoint(bucket, tmp_path):
+    workdir = Workdir(str(tmp_path))
+    assert not workdir.has_checkpoints()
+    (tmp_path / "checkpoints").mkdir()
+    assert not workdir.has_checkpoints()
+    (tmp_path / "checkpoints" / "12").mkdir()
+    assert workdir.has_checkpoints()
+    assert not Workdir(bucket).has_checkpoints()
+    fsspec.filesystem("memory").pipe(f"{bucket}/checkpoints/12/x", b"")
+    assert Workdir(bucket).has_checkpoints()
+
+
 def test_numbers_that_json_cannot_hold():
     found = jsonable(
         {"a": np.float32(0.5), "b": np.int64(3), "c": float("nan"), "d": np.float32("inf"), "e": True}

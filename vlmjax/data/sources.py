@@ -59,6 +59,11 @@ class Concat:
         source, at = self._place(i)
         return key_of(source, at)
 
+    def captions_at(self, i: int) -> tuple[str, ...]:
+        """The captions of example i."""
+        source, at = self._place(i)
+        return captions_of(source, at)
+
     def __getitem__(self, i: int) -> Record:
         """Example i."""
         source, at = self._place(i)
@@ -72,10 +77,9 @@ def key_of(source: Source, i: int) -> str:
 
 
 def captions_of(source: Source, i: int) -> tuple[str, ...]:
-    """The captions of example i, without drawing its image where the source draws."""
-    if isinstance(source, Scenes):
-        return source.captions_at(i)
-    return source[i].captions
+    """The captions of example i, without its image where the source can tell them apart."""
+    captions = getattr(source, "captions_at", None)
+    return captions(i) if callable(captions) else source[i].captions
 
 
 def open_source(

@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -35,8 +34,7 @@ class Contrastive:
         self, params: Params, batch: Batch, rng: PRNGKeyArray
     ) -> dict[str, Float[Array, "batch width"]]:
         """L2-normalised fp32 features of a batch whose `pixel_values` are uint8 [batch, height, width, 3]."""
-        dropout, patches = jax.random.split(rng)
-        rngs = {"dropout": dropout, "patch_dropout": patches}
+        rngs = {"dropout": rng}
         image = self.model.apply(
             {"params": params},
             self.normalize(batch["pixel_values"]),

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
+from vlmjax.config import Config
 from vlmjax.data import bpe, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.images import EvalTransform
+from vlmjax.data.plan import permute
 from vlmjax.data.sources import Source, captions_of, open_source
 from vlmjax.errors import BadRecord, DataError, HubError, RecipeError
 from vlmjax.models.bert import BertConfig
@@ -52,12 +55,21 @@ def open_train_source(recipe: Any) -> Source:
 def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:
     """The recipe's tokenizer, kept in `workdir/tokenizer` so that the run can be resumed and exported alone.
 
-    "bpe:N" trains one on the first captions of `source`: the same on every process, so that none waits for another.
+    "bpe:N" trains one on captions of `source`: the same on every process, so that none waits for another. An imported
+    model keeps the tokenizer it was trained with.
+
+    Raises:
+      RecipeError: where it cannot be read, or the folder holds a run with another one.
     """
     folder, length = workdir.path("tokenizer"), recipe.model.text.max_length
-    name = recipe.data.tokenizer or recipe.init_from
-    if folder.is_dir() and _tokenizer_of(workdir) == name:
+    name, before = tokenizer_name(recipe), _tokenizer_of(workdir)
+    if folder.is_dir() and before == name:
         return text.load(str(folder), length)
+    if before and before != name and workdir.has_checkpoints():
+        raise RecipeError(
+            f"--workdir={workdir.root} holds a run with tokenizer {before!r}, this recipe has {name!r}: "
+            "name another folder, or give that run's own recipe"
+        )
     partial = workdir.path("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if not name.startswith("bpe:"):
@@ -80,14 +92,20 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
 def _tokenizer_of(workdir: Workdir) -> str:
     """The tokenizer of the run that began in this folder; one left by a run that ended before it began is not used."""
     path = workdir.path("recipe.json")
-    before = read_json(path) if path.exists() else {"data": {"tokenizer": ""}, "init_from": ""}
-    return before["data"]["tokenizer"] or before["init_from"]
+    return tokenizer_name(Config(read_json(path))) if path.exists() else ""
+
+
+def tokenizer_name(recipe: Any) -> str:
+    """The folder, id or "bpe:N" that a recipe's tokenizer comes from; no "bpe:N" replaces that of an imported model."""
+    name, source = recipe.data.tokenizer, recipe.init_from
+    return source if source and (not name or name.startswith("bpe:")) else name
 
 
 def _captions(source: Source) -> Iterator[str]:
-    """The first captions of a source; an unreadable record has none."""
+    """Captions from all over a source, so that every part of it gives its words; an unreadable record has none."""
     left = BPE_CAPTIONS
-    for i in range(len(source)):
+    order = permute(np.arange(min(left, len(source))), len(source), seed=0, epoch=0)
+    for i in order.tolist():
         try:
             captions = captions_of(source, i)[:left]
         except BadRecord:
@@ -128,7 +146,8 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip:
             "encoder (CLIPModel or VisionTextDualEncoderModel)"
         )
     config = _with_compute(model.config, recipe)
-    _check_vocabulary(config.text.vocab_size, tokenizer, recipe.data.tokenizer or recipe.init_from)
+    _check_vocabulary(config.text.vocab_size, tokenizer, tokenizer_name(recipe))
+    _check_end(config.text, tokenizer, tokenizer_name(recipe))
     return Clip(config)
 
 
@@ -186,6 +205,7 @@ def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
             **size,
             **compute,
         )
+    _check_end(tower, tokenizer, recipe.data.tokenizer)
     return ClipConfig(
         image=VitConfig(**image.to_dict(), **compute),
         text=tower,
@@ -219,6 +239,19 @@ def _check_vocabulary(size: int, tokenizer: text.Tokenizer, name: str) -> None:
         raise RecipeError(
             f"tokenizer {name!r} has {tokenizer.vocab_size} tokens, the text tower embeds {size}: "
             "set config.model.text.vocab_size to at least that, or use the model's own tokenizer"
+        )
+
+
+def _check_end(words: TextConfig | BertConfig, tokenizer: text.Tokenizer, name: str) -> None:
+    """Refuse a tokenizer whose texts do not end where CLIP's text tower looks for their meaning."""
+    if isinstance(words, BertConfig):
+        return
+    ids, end = tokenizer.encode("a"), words.eos_token_id
+    # 2 is the eos id of CLIP's first Hugging Face configurations: it stands for "the largest id of the text".
+    if not ids or ids[-1] != (max(ids) if end == 2 else end):
+        raise RecipeError(
+            f"tokenizer {name!r} ends a text with id {ids[-1] if ids else None}, the text tower reads it at id {end}: "
+            "use the model's own tokenizer, or one that ends every text with its end token"
         )
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from vlmjax.data.folder import Subset
 from vlmjax.data.pipeline import TrainData
-from vlmjax.errors import NonFiniteError
+from vlmjax.errors import NonFiniteError, UserError
 from vlmjax.models import flops
 from vlmjax.sharding import distributed
 from vlmjax.sharding.mesh import check_batch_size, local_rows, make_mesh, to_global
@@ -88,6 +88,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     evaluations = finish.Evaluations(recipe, model, tokenizer, mesh, folder)
     if first:
         finish.describe(folder, recipe, model, mesh)
+        folder.sync()
         announce(recipe, state, mesh, lengths, start, source.name)
     log = MetricsLog(folder, start)
     clock = Clock(recipe.batch_size, 3 * flops.forward_flops(model.config, recipe.batch_size, train=True))
@@ -125,11 +126,18 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
             measured: dict[str, float] = {}
             if lengths.due("eval", step) or last:
                 _check(pending, recent, folder)
-                measured = results = evaluations.run(state)
+                try:
+                    measured = results = evaluations.run(state)
+                except UserError:
+                    checkpoints.save(
+                        step, state, data.state, {}
+                    )  # what was learned is not lost with the score
+                    raise
                 log.write(step, results)
             if lengths.due("checkpoint", step) or last:
                 _check(pending, recent, folder)
                 checkpoints.save(step, state, data.state, measured)
+                folder.sync()
             if (lengths.due("eval", step) or lengths.due("report", step)) and not last and first:
                 write_report(folder.local)
                 folder.sync()
@@ -140,6 +148,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         bar.close()
         log.close()
         data.close()
+        folder.sync()
         checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
     if start >= lengths.total:
         results = evaluations.run(state)  # the run was over before: say again what it reached
@@ -163,12 +172,11 @@ def _check(pending: tuple[int, Any], recent: deque, folder: Workdir) -> Mapping[
         "grad_norm": str(metrics["grad_norm"]),
         "groups": groups,
     }
-    folder.write_json(name, {**record, "keys": keys})
-    folder.sync()
+    address = folder.leave(name, {**record, "keys": keys})
     raise NonFiniteError(
         f"step {step}: loss {metrics['loss']} and gradient norm {metrics['grad_norm']} are not finite "
         f"(parameter groups: {', '.join(groups) or 'none, the loss alone'}); the examples of the batch are in "
-        f"{folder.path(name)}. Lower optimizer.learning_rate, set optimizer.clip_norm, or exclude those records."
+        f"{address}. Lower optimizer.learning_rate, set optimizer.clip_norm, or exclude those records."
     )
 
 

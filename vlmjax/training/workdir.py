@@ -42,6 +42,18 @@ class Workdir:
         base = self.root if self.remote else str(Path(self.root).expanduser().resolve())
         return base.rstrip("/") + "/checkpoints"
 
+    def has_checkpoints(self) -> bool:
+        """Whether a run has got as far as a checkpoint here."""
+        system, base = fsspec.core.url_to_fs(self.checkpoints)
+        return system.isdir(base) and bool(system.ls(base, detail=False))
+
+    def leave(self, name: str, value: Any) -> str:
+        """Write a value as json at the root itself, whichever process this is; returns its address."""
+        address = self.checkpoints.removesuffix("checkpoints") + name
+        with fsspec.open(address, "w") as file:
+            json.dump(value, file, indent=2, default=str)
+        return address
+
     def path(self, *parts: str) -> Path:
         """Local path of a small file or folder, with its parent created."""
         path = self.local.joinpath(*parts)
