@@ -7,7 +7,7 @@ def get_config(arg=""):
     """Trains on `--config.data.train`; sizes and rates are our own, chosen by measurement for two CPU cores."""
     c = config.recipe()
     c.batch_size = 64
-    c.total.steps = 1750
+    c.total.steps = 1600
     c.log_every = 50
 
     c.model.image.update(
