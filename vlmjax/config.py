@@ -76,6 +76,7 @@ def _evaluation_schema() -> Config:
             "examples": 0,  # use the first this many records; 0 = all
             "classes": "",  # zeroshot: file of class names; empty: the distinct captions
             "templates": "",  # zeroshot: name of a built-in prompt set or a file, one template per line
+            "canonical": False,  # lower-case texts without punctuation, as SigLIP expects
             "batch_size": 0,  # global; 0 = the training batch, at most 256
         }
     )

@@ -9,7 +9,7 @@ from tiny_models import BERT, CLIP, DUAL, TEXT, VIT, change
 
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
-from vlmjax.models.flops import forward_flops
+from vlmjax.models.flops import forward_flops, train_flops
 from vlmjax.models.text import Text, TextConfig
 from vlmjax.models.vit import Vit, VitConfig
 
@@ -66,3 +66,17 @@ def test_known_models():
     assert forward_flops(BertConfig(768, 12, 12, 3072, 30522), 1, text_length=128) / 1e9 == pytest.approx(
         22.4, abs=0.5
     )
+
+
+def test_a_locked_tower_runs_forward_alone():
+    image, text = (
+        VitConfig(8, 1, 2, 16, 16, 8, patch_dropout=0.5),
+        TextConfig(8, 1, 2, 16, 20, 8, eos_token_id=19),
+    )
+    clip = ClipConfig(image, text, 8)
+    whole, towers = train_flops(clip, 4), {name: getattr(clip, name) for name in ("image", "text")}
+    assert whole == 3 * forward_flops(clip, 4, train=True)
+    for name, config in towers.items():
+        assert train_flops(clip, 4, locked=[name]) == whole - 2 * forward_flops(config, 4, train=True)
+    rest = forward_flops(clip, 4, train=True) - sum(forward_flops(c, 4, train=True) for c in towers.values())
+    assert train_flops(clip, 4, locked=["image", "text"]) == whole - 2 * (whole // 3 - rest)

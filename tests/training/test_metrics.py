@@ -48,6 +48,12 @@ def test_mfu_where_the_chip_is_known(time, monkeypatch):
     clock.step(0.0)
     time.seconds += 2.0
     assert clock.read()["mfu"] == pytest.approx(0.25)
+    clock = Clock(
+        batch_size=1, flops_per_step=4e12, dtype="float32"
+    )  # the table has the peaks of bfloat16 alone
+    clock.step(0.0)
+    time.seconds += 2.0
+    assert "mfu" not in clock.read()
 
 
 @pytest.mark.parametrize(
@@ -58,6 +64,7 @@ def test_mfu_where_the_chip_is_known(time, monkeypatch):
         ("TPU v4", 275e12),
         ("TPU v6 lite", 918e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
+        ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA A100-SXM4-40GB", 312e12),
         ("cpu", None),
         ("NVIDIA GeForce RTX 3090", None),

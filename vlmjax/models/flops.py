@@ -1,6 +1,7 @@
 """How many floating-point operations a forward pass needs, for reporting utilisation (MFU)."""
 
 import math
+from collections.abc import Sequence
 
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import ClipConfig
@@ -21,8 +22,7 @@ def forward_flops(
     mixing; a causal mask is not deducted, since the products are computed in full). Patches add
     2 N (3 p^2) W, BERT's pooler 2 W^2, each projection 2 W P, and the logits 2 batch^2 P for the whole
     global batch, counted once although both directions of a sharded loss may compute them. Norms,
-    activations and softmax are not counted. A training step is three times this; recomputation under remat
-    is not model work and must not be added.
+    activations and softmax are not counted.
 
     `text_length` is the number of tokens per text (config.max_length unless given); `train` takes patch
     dropout into account.
@@ -39,6 +39,15 @@ def forward_flops(
         return batch * (embed + _blocks(config, tokens))
     pooler = 2 * config.width**2 if isinstance(config, BertConfig) else 0
     return batch * (pooler + _blocks(config, text_length or config.max_length))
+
+
+def train_flops(config: ClipConfig, batch: int, *, locked: Sequence[str] = ()) -> int:
+    """Count a training step: the backward pass costs twice the forward pass, recomputation is not model work.
+
+    `locked` names the towers ("image", "text") without a trainable parameter: they have no backward pass.
+    """
+    total = 3 * forward_flops(config, batch, train=True)
+    return total - 2 * sum(forward_flops(getattr(config, tower), batch, train=True) for tower in locked)
 
 
 def _blocks(config: VitConfig | TextConfig | BertConfig, tokens: int) -> int:

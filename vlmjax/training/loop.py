@@ -91,7 +91,10 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         folder.sync()
         announce(recipe, state, mesh, lengths, start, source.name)
     log = MetricsLog(folder, start)
-    clock = Clock(recipe.batch_size, 3 * flops.forward_flops(model.config, recipe.batch_size, train=True))
+    towers = {"image": "vision_model", "text": "text_model"}
+    locked = [tower for tower, tree in towers.items() if tree not in state.params]
+    work = flops.train_flops(model.config, recipe.batch_size, locked=locked)
+    clock = Clock(recipe.batch_size, work, model.config.image.dtype)
     bar = ProgressBar(start, lengths.total, shown=first)
     trace = Trace(folder, first=min(start + 3, lengths.total), steps=3 if profile else 0)
     recent: deque = deque(maxlen=2)

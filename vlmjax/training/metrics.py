@@ -23,6 +23,8 @@ PEAK_FLOPS = {
     "TPU v6 lite": 918e12,
     "NVIDIA A100": 312e12,
     "NVIDIA H100": 989e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 NVL": 835e12,
     "NVIDIA H200": 989e12,
 }
 
@@ -37,10 +39,13 @@ def peak_flops(device: Any) -> float | None:
 class Clock:
     """Rates over the steps since the last line: images/s, step time, share of it spent waiting for data."""
 
-    def __init__(self, batch_size: int, flops_per_step: float):
-        """`flops_per_step` are model FLOPs of the whole batch, forward and backward, without recomputation."""
+    def __init__(self, batch_size: int, flops_per_step: float, dtype: str = "bfloat16"):
+        """`flops_per_step` are model FLOPs of the whole batch, forward and backward, without recomputation.
+
+        MFU is only given for computation in bfloat16, whose peak is known.
+        """
         self.batch_size, self.flops = batch_size, flops_per_step
-        peak = peak_flops(jax.devices()[0])
+        peak = peak_flops(jax.devices()[0]) if dtype == "bfloat16" else None
         self.peak = peak * jax.device_count() if peak else None
         self.restart()
 
