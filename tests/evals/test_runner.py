@@ -1,5 +1,6 @@
 """Benchmarks run over a small source on eight devices, against the same arithmetic written out in numpy."""
 
+import dataclasses
 import io
 
 import jax
@@ -266,3 +267,10 @@ def test_the_table_names_metric_result_and_chance(model):
     text = out.getvalue()
     assert "text → image R@1" in text and "50.00%" in text and "2 (1 skipped)" in text
     assert result.row()["eval/test/text_to_image_r10"] == 1.0
+
+
+def test_transparent_pixels_show_the_background_of_the_model():
+    glass = Record("glass", np.zeros((8, 8, 4), np.uint8), ("nothing",))
+    transform = dataclasses.replace(TRANSFORM, background=(10, 20, 30))
+    (batch,) = embed.read_batches([glass], [0], range(1), 1, transform, lambda record: {})
+    np.testing.assert_array_equal(batch.pixels[0], np.broadcast_to(np.uint8([10, 20, 30]), (8, 8, 3)))

@@ -129,6 +129,11 @@ def test_what_cannot_be_opened_names_its_key(tmp_path):
     assert caught.value.exit_code == 78
 
 
+def test_evaluation_sees_images_as_the_recipe_says():
+    made = build.eval_transform(recipe(data__background=(1, 2, 3), data__mean=(0.1, 0.2, 0.3)), (16, 24))
+    assert (made.size, made.crop, made.background, made.mean) == (16, (16, 24), (1, 2, 3), (0.1, 0.2, 0.3))
+
+
 def test_a_clip_of_a_recipe(tokenizer):
     found = build.clip_config(recipe(loss__logit_scale_init=20.0, model__remat="dots"), tokenizer)
     assert (found.image.width, found.image.image_shape, found.image.remat) == (16, (16, 16), "dots")

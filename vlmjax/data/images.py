@@ -202,6 +202,7 @@ class EvalTransform:
         crop: (height, width) of the centre crop; None for no crop. Black fills up where there is no image.
         mean, std: per channel, of values in [0, 1].
         resample: Pillow's number of the resize kernel, 3 is bicubic.
+        background: what shows through transparent pixels, RGB. Hugging Face's files have no place for it.
     """
 
     size: int | tuple[int, int] = 224
@@ -209,6 +210,7 @@ class EvalTransform:
     mean: tuple[float, float, float] = CLIP_MEAN
     std: tuple[float, float, float] = CLIP_STD
     resample: int = 3
+    background: tuple[int, int, int] = (255, 255, 255)
 
     @property
     def output_size(self) -> tuple[int, int] | None:

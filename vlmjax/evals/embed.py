@@ -106,7 +106,6 @@ def read_batches(
     transform: Any,
     describe: Describe,
     *,
-    background: tuple[int, int, int] = (255, 255, 255),
     threads: int = 4,
 ) -> Iterator[Batch]:
     """Read this process's `rows` of each global batch of `batch_size`, in order, two batches ahead.
@@ -116,7 +115,6 @@ def read_batches(
 
     Args:
         describe: record -> what to remember of it (JSON values); raises BadRecord to leave it out.
-        background: what shows through transparent pixels.
         threads: records read and decoded at a time.
     """
     if transform.output_size is None:
@@ -127,7 +125,7 @@ def read_batches(
     def one(position: int) -> tuple[np.ndarray | None, dict[str, Any] | None]:
         if position >= len(indices):
             return None, None
-        return _read(source, indices[position], transform, describe, background)
+        return _read(source, indices[position], transform, describe)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
 
@@ -147,14 +145,14 @@ def read_batches(
 
 
 def _read(
-    source: Any, index: int, transform: Any, describe: Describe, background: tuple[int, int, int]
+    source: Any, index: int, transform: Any, describe: Describe
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
     key = ""
     try:
         record = source[index]
         key = record.key
         note = describe(record)
-        image = transform(decode(record.image, background=background))
+        image = transform(decode(record.image, background=transform.background))
     except BadRecord as error:
         return None, {"index": index, "key": error.key or key, "reason": error.reason, "detail": error.detail}
     return image, {"index": index, "key": key, **note}

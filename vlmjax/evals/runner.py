@@ -37,7 +37,6 @@ class Evaluator:
         *,
         source: Any = None,
         embedder: Embedder | None = None,
-        background: tuple[int, int, int] = (255, 255, 255),
         threads: int = 0,
     ):
         """Open the source and check what can be checked before the model runs.
@@ -50,13 +49,12 @@ class Evaluator:
             mesh: the devices; every process of it has to make the same calls.
             source: used instead of opening `benchmark.data`.
             embedder: shared by evaluators of the same model, so that each tower is compiled once.
-            background: what shows through transparent pixels.
             threads: records read at a time per process; 0 = number of CPU cores, at most 16.
 
         Raises:
             DataError: the source, the classes or the templates cannot be used, or no record remains.
         """
-        self.benchmark, self.mesh, self._background = benchmark, mesh, background
+        self.benchmark, self.mesh = benchmark, mesh
         self.embedder = embedder or Embedder(model, tokenizer, transform, mesh)
         if source is None:
             source = open_source(benchmark.data, image_size=min(transform.output_size or (64,)))
@@ -101,7 +99,8 @@ class Evaluator:
 
     def thumbnail(self, index: int, size: int = 72) -> np.ndarray:
         """A small uint8 [height, width, 3] picture of a record of the source."""
-        pixels = shrink(decode(self.source[index].image, background=self._background), size)
+        background = self.embedder.transform.background
+        pixels = shrink(decode(self.source[index].image, background=background), size)
         top, left = ((side - min(pixels.shape[:2])) // 2 for side in pixels.shape[:2])
         side = min(pixels.shape[:2])
         return pixels[top : top + side, left : left + side]
@@ -118,7 +117,6 @@ class Evaluator:
             self.batch_size,
             self.embedder.transform,
             self._describe,
-            background=self._background,
             threads=self._threads,
         )
         height, width = self.embedder.transform.output_size

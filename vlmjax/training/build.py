@@ -124,7 +124,11 @@ def train_transform(recipe: Any, image_size: tuple[int, int]) -> TrainTransform:
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     """The deterministic preprocessing of evaluation and export: shorter side to the image size, centre crop."""
     return EvalTransform(
-        min(image_size), image_size, mean=tuple(recipe.data.mean), std=tuple(recipe.data.std)
+        min(image_size),
+        image_size,
+        mean=tuple(recipe.data.mean),
+        std=tuple(recipe.data.std),
+        background=tuple(recipe.data.background),
     )
 
 

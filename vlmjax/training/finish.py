@@ -37,7 +37,6 @@ class Evaluations:
             transform=transform,
             mesh=mesh,
             embedder=Embedder(model, tokenizer, transform, mesh),
-            background=tuple(recipe.data.background),
         )
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
