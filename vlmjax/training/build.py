@@ -73,7 +73,7 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
     partial = workdir.path("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     if not name.startswith("bpe:"):
-        with naming("data.tokenizer"):
+        with naming("init_from" if name == recipe.init_from else "data.tokenizer"):
             text.load(name, length).save(str(partial))
     else:
         size = name.removeprefix("bpe:")
