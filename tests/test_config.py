@@ -283,6 +283,7 @@ class TestCommandLine:
         ("argument", "said"),
         [
             ("--config.batchsize=1", "config has no key 'batchsize'; did you mean 'batch_size'?"),
+            ("--config.evals.new.dta=x", "config.evals.new has no key 'dta'; did you mean 'data'?"),
             (
                 "--config.data.augment.rotat=1",
                 "config.data.augment has no key 'rotat'; did you mean 'rotate'?",

@@ -241,10 +241,12 @@ def check_overrides(arguments: Iterable[str]) -> None:
             parts = match[1].split(".")
             if parts[0] != "evals":
                 _check_path(parts, schema, argument)
+            elif len(parts) > 2:
+                _check_path(parts[2:], _evaluation_schema(), argument, f"config.evals.{parts[1]}")
 
 
-def _check_path(parts: list[str], schema: Config | Mapping, shown: str) -> None:
-    node, seen = schema, "config"
+def _check_path(parts: list[str], schema: Config | Mapping, shown: str, seen: str = "config") -> None:
+    node = schema
     for part in parts:
         if not isinstance(node, (Config, Mapping)):
             raise RecipeError(f"{shown}: {seen} is a value and has no key {part!r}")

@@ -95,6 +95,8 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
 
     if "://" in options.report:
         raise UserError(f"--report={options.report}: name a folder on a disk")
+    if os.path.isfile(options.report):
+        raise UserError(f"--report={options.report} is a file: name a folder")
     fields = (
         "benchmark",
         "data",

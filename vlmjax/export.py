@@ -78,6 +78,8 @@ def parse(arguments: Sequence[str]) -> None:
             raise UserError(f"--{name} is not given: {FLAGS[name].help}")
     if "://" in FLAGS.out:
         raise UserError(f"--out={FLAGS.out}: name a folder on a disk, and copy it to the bucket from there")
+    if os.path.isfile(FLAGS.out):
+        raise UserError(f"--out={FLAGS.out} is a file: name a folder")
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -46,7 +46,8 @@ def parse(arguments: Sequence[str]) -> list[str]:
 
 
 def _first_line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    text = error.args[0] if isinstance(error, (KeyError, AttributeError)) and error.args else error
+    return " ".join(str(text).split())
 
 
 def _line_in_recipe(error: BaseException) -> str:
@@ -95,6 +96,13 @@ def main(arguments: Sequence[str]) -> None:
     except UserError as error:
         logging.debug("stopped by", exc_info=True)
         _stop(error)
+    except KeyboardInterrupt:
+        print(
+            "stopped by Ctrl-C: the same command continues from the newest checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        sys.exit(130)
 
 
 if __name__ == "__main__":

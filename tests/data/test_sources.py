@@ -102,6 +102,20 @@ def test_csv_and_tsv(tmp_path, name, delimiter):
     assert source[1].extra == {"n": "2"}
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.jsonl"])
+def test_a_table_in_another_encoding_is_refused(tmp_path, name, encoding):
+    (tmp_path / name).write_bytes("image,caption\n0.png,café\n".encode(encoding))
+    with pytest.raises(DataError, match=rf"{name} is not UTF-8 \(byte 0x.* at \d+\): save it as UTF-8"):
+        open_source(str(tmp_path / name))
+
+
+def test_half_a_surrogate_pair_in_a_caption_is_replaced(tmp_path):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a \ud83d b"}) + "\n")
+    (tmp_path / "0.png").write_bytes(encoded(picture(0)))
+    assert open_source(str(tmp_path / "x.jsonl"))[0].captions == ("a ? b",)
+
+
 def test_lone_quotes_in_tsv(tmp_path):
     _images(tmp_path)
     (tmp_path / "x.tsv").write_text('image\tcaption\nimg/0.png\t5" wide\nimg/1.png\t"so\n', encoding="utf-8")

@@ -11,7 +11,7 @@ from vlmjax import config
 from vlmjax.data import bpe
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Concat
-from vlmjax.errors import BadRecord, DataError, RecipeError
+from vlmjax.errors import BadRecord, CheckpointError, DataError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.training import build
@@ -55,8 +55,22 @@ def test_a_tokenizer_is_trained_kept_and_used_again(tmp_path):
         tmp_path / "tokenizer.partial"
     ).exists()
     workdir.write_json("recipe.json", recipe(data__tokenizer="bpe:530").to_dict())
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     again = build.make_tokenizer(recipe(data__tokenizer="bpe:530"), source, workdir)
     assert again.vocab_size == made.vocab_size and source.read == 15  # from the folder
+
+
+def test_a_tokenizer_left_by_a_run_that_never_began_is_learned_anew(tmp_path):
+    workdir, words = Workdir(str(tmp_path)), recipe(data__tokenizer="bpe:530")
+    build.make_tokenizer(words, Words([("x",)]), workdir)
+    workdir.write_json("recipe.json", words.to_dict())
+    assert build.make_tokenizer(words, Words([("a red circle",)] * 9), workdir).vocab_size > 514
+
+
+def test_a_damaged_file_of_a_run_is_named(tmp_path):
+    (tmp_path / "recipe.json").write_text('{"stage": ')
+    with pytest.raises(CheckpointError, match="recipe.json is damaged"):
+        build.make_tokenizer(recipe(), Words([("a",)]), Workdir(str(tmp_path)))
 
 
 def test_a_tokenizer_left_by_another_recipe_is_replaced(tmp_path):

@@ -223,7 +223,7 @@ def test_continuing_with_what_does_not_fit_is_refused(uninterrupted):
 def test_an_evaluation_that_fails_does_not_lose_what_was_learned(uninterrupted, tmp_path):
     folder, recipe, _, _ = uninterrupted
     classes = tmp_path / "classes.txt"
-    classes.write_text("nothing of the kind\n")
+    classes.write_text("nothing of the kind\nneither\n")
     judge = ("--config.evals.known.benchmark=zeroshot", f"--config.evals.known.classes={classes}")
     _, err = run(recipe, tmp_path / "run", *judge, "--config.checkpoint.every.steps=100", code=1)
     assert "nothing of the kind" in err or "class" in err

@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import json
 import os
 import pathlib
@@ -171,14 +172,14 @@ def _column(path: str, row: dict[str, Any], names: Sequence[str], what: str, opt
             return folded[name.lower()]
     have, wanted = ", ".join(map(str, row)) or "none", ", ".join(names)
     raise DataError(
-        f"{path} has no column for {what}: looked for {wanted}; it has {have}; name yours with {option}"
+        f"{path} has no column for {what}: looked for {wanted}; it has {have}; rename its column, or in Python "
+        f"name it with {option}"
     )
 
 
 def _read_json_lines(path: str) -> list[Any]:
     """Rows of a jsonl file (a damaged line stays as text, to be counted later) or of one json list."""
-    with open(path, encoding="utf-8") as data:
-        text = data.read()
+    text = _text(path)
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
@@ -197,21 +198,33 @@ def _line(line: str) -> Any:
 def _read_delimited(path: str) -> list[dict[str, Any]]:
     delimiter = "\t" if path.lower().endswith(".tsv") else ","
     quoting = csv.QUOTE_NONE if delimiter == "\t" and not _has_quotes(path) else csv.QUOTE_MINIMAL
-    with open(path, encoding="utf-8-sig", newline="") as data:
-        try:
-            return list(csv.DictReader(data, delimiter=delimiter, quoting=quoting))
-        except csv.Error as error:
-            raise DataError(f"{path} is damaged: {error}") from error
+    try:
+        return list(
+            csv.DictReader(io.StringIO(_text(path), newline=""), delimiter=delimiter, quoting=quoting)
+        )
+    except csv.Error as error:
+        raise DataError(f"{path} is damaged: {error}") from error
 
 
 def _has_quotes(path: str) -> bool:
     """True when a tsv quotes whole fields; a lone quote in a caption must not swallow the lines after it."""
-    with open(path, encoding="utf-8-sig") as data:
-        return any(
-            field.startswith('"') and field.rstrip("\n").endswith('"')
-            for line in data
-            for field in line.split("\t")
-        )
+    return any(
+        field.startswith('"') and field.endswith('"')
+        for line in _text(path).splitlines()
+        for field in line.split("\t")
+    )
+
+
+def _text(path: str) -> str:
+    """A whole table as text, as UTF-8 with or without a byte order mark."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as data:
+            return data.read()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8 (byte {error.object[error.start]:#04x} at {error.start}): save it as UTF-8, e.g. "
+            "iconv -f latin1 -t utf-8"
+        ) from None
 
 
 class Subset:

@@ -62,7 +62,7 @@ class SkipCounter:
             raise DataError(
                 f"{self.name}: {self.skipped} of {self.seen} records are unusable ({self.summary()}), more than "
                 f"the {self.max_share:.1%} allowed; last: {failures[-1].key} {failures[-1].detail}; "
-                "mend the data or raise max_bad_share"
+                "mend the data or raise data.max_bad_share"
             )
 
     def summary(self) -> str:

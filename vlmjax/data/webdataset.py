@@ -265,8 +265,9 @@ def captions_of(value: Any) -> list[str]:
 
 
 def tidy(captions: Sequence[str]) -> tuple[str, ...]:
-    """Captions stripped, without empty ones and repetitions, in order."""
-    stripped = (re.sub(r"\s+", " ", text).strip() for text in captions)
+    """Captions stripped, without empty ones and repetitions, in order; half of a surrogate pair becomes "?"."""
+    whole = (text.encode("utf-8", "replace").decode("utf-8") for text in captions)
+    stripped = (re.sub(r"\s+", " ", text).strip() for text in whole)
     return tuple(dict.fromkeys(text for text in stripped if text))
 
 

@@ -132,7 +132,12 @@ def save(
     expected = abstract_params(family, model)
     tensors = table.write(family.rows(model), params, expected, dtype=DTYPES[_known(dtype, "dtype")])
     settings = processor.check(family, model, tokenizer, image_processor)
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise HubError(
+            f"{path}: cannot be created ({error.strerror}); name a folder you may write to"
+        ) from None
     safetensors.write_folder(tensors, path, max_shard_bytes=max_shard_bytes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (path / "config.json").write_text(text, encoding="utf-8")

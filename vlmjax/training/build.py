@@ -21,7 +21,7 @@ from vlmjax.data.augment import TrainTransform
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.plan import permute
 from vlmjax.data.sources import Source, captions_of, open_source
-from vlmjax.errors import BadRecord, DataError, HubError, RecipeError
+from vlmjax.errors import BadRecord, CheckpointError, DataError, HubError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
@@ -63,9 +63,12 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
     """
     folder, length = workdir.path("tokenizer"), recipe.model.text.max_length
     name, before = tokenizer_name(recipe), _tokenizer_of(workdir)
-    if folder.is_dir() and before == name:
-        return text.load(str(folder), length)
-    if before and before != name and workdir.has_checkpoints():
+    begun = workdir.has_checkpoints()
+    # Without a checkpoint the run begins anew, perhaps with other data: then "bpe:N" is learned from them.
+    if folder.is_dir() and before == name and (begun or not name.startswith("bpe:")):
+        with naming("data.tokenizer"):
+            return text.load(str(folder), length)
+    if before and before != name and begun:
         raise RecipeError(
             f"--workdir={workdir.root} holds a run with tokenizer {before!r}, this recipe has {name!r}: "
             "name another folder, or give that run's own recipe"
@@ -277,5 +280,10 @@ def model_from_json(value: Mapping[str, Any]) -> Clip:
 
 
 def read_json(path: Path) -> Any:
-    """The json value in a file."""
-    return json.loads(path.read_text())
+    """The json value in a file of a run; raises CheckpointError where it is damaged."""
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CheckpointError(
+            f"{path} is damaged ({error}): restore it, or name another work folder"
+        ) from None

@@ -27,7 +27,8 @@ def make_schedule(config: Any, total: int, warmup: int, cooldown: int) -> optax.
     """
     if warmup + cooldown > total:
         raise RecipeError(
-            f"config.optimizer: warm-up ({warmup} steps) and cool-down ({cooldown}) are longer than the run ({total})"
+            f"config.optimizer: warm-up ({warmup} steps) and cool-down ({cooldown}) are longer than the run ({total}); "
+            "shorten them, e.g. --config.optimizer.warmup.steps=0, or set a longer config.total"
         )
     peak, decay = config.learning_rate, max(total - warmup, 1)
     if config.schedule == "cosine":
