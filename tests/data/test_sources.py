@@ -110,6 +110,14 @@ def test_a_table_in_another_encoding_is_refused(tmp_path, name, encoding):
         open_source(str(tmp_path / name))
 
 
+def test_a_line_separator_inside_a_caption_does_not_cut_its_row(tmp_path):
+    row = json.dumps({"image": "0.png", "caption": "a\u2028b"}, ensure_ascii=False)
+    (tmp_path / "x.jsonl").write_text(f"{row}\r\n", encoding="utf-8", newline="")
+    (tmp_path / "0.png").write_bytes(encoded(picture(0)))
+    source = open_source(str(tmp_path / "x.jsonl"))
+    assert len(source) == 1 and source[0].captions == ("a b",)
+
+
 def test_half_a_surrogate_pair_in_a_caption_is_replaced(tmp_path):
     (tmp_path / "x.jsonl").write_text(json.dumps({"image": "0.png", "caption": "a \ud83d b"}) + "\n")
     (tmp_path / "0.png").write_bytes(encoded(picture(0)))

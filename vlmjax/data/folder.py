@@ -185,7 +185,8 @@ def _read_json_lines(path: str) -> list[Any]:
             return json.loads(text)
         except ValueError as error:
             raise DataError(f"{path} is not a json list: {error}") from error
-    return [_line(line) for line in text.splitlines() if line.strip()]
+    # Not splitlines: a caption may hold other line separators, such as U+2028, and stays one row.
+    return [_line(line) for line in text.split("\n") if line.strip()]
 
 
 def _line(line: str) -> Any:
@@ -209,8 +210,8 @@ def _read_delimited(path: str) -> list[dict[str, Any]]:
 def _has_quotes(path: str) -> bool:
     """True when a tsv quotes whole fields; a lone quote in a caption must not swallow the lines after it."""
     return any(
-        field.startswith('"') and field.endswith('"')
-        for line in _text(path).splitlines()
+        field.startswith('"') and field.rstrip("\r").endswith('"')
+        for line in _text(path).split("\n")
         for field in line.split("\t")
     )
 

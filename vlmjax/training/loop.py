@@ -151,8 +151,8 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         bar.close()
         log.close()
         data.close()
-        folder.sync()
         checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
+        folder.sync()
     if start >= lengths.total:
         results = evaluations.run(state)  # the run was over before: say again what it reached
     last_batch = Subset(source, data.indices(lengths.total - 1))
