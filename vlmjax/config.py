@@ -144,7 +144,10 @@ def recipe() -> Config:
     )
 
     c.data = Config()
-    c.data.train = "scenes"  # shards, folder file, or "scenes"; comma-separated for several
+    c.data.train = "scenes"  # shards, table, folder or "scenes"; comma-separated for several sources
+    c.data.mix = "size"  # size | sqrt | equal: the share of each source, by its number of records or its root
+    c.data.weights = ()  # a factor on the share of each source, in their order; explicit shares: mix = "equal"
+    c.data.accept_new_mixture = False  # continue with other sources or shares, from the checkpoint's step on
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
     c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions
     c.data.background = (255, 255, 255)  # what shows through transparent pixels, RGB
@@ -152,7 +155,10 @@ def recipe() -> Config:
     c.data.std = (0.26862954, 0.26130258, 0.27577711)
     c.data.augment = augmentation()  # see vlmjax/data/augment.py
     c.data.cache_decoded = 0  # pixels of the shorter side kept in memory; 0 = decode every time
-    c.data.threads = 0  # decoding threads per process; 0 = number of CPU cores, at most 16
+    c.data.threads = 0  # decoding threads per host; 0 = number of CPU cores, at most 16
+    c.data.processes = (
+        0  # processes that share them; 0 = in the trainer's own, enough for some 8,000 images/s
+    )
     c.data.max_bad_share = 0.01  # more corrupt records than this share stop the run
 
     c.optimizer = Config()

@@ -93,6 +93,7 @@ def _check_mesh(c: Any) -> None:
 
 def _check_data(c: Any) -> None:
     from vlmjax.data.augment import Augmentation
+    from vlmjax.data.mixture import MIXES
 
     if not c.data.train:
         raise RecipeError(
@@ -112,7 +113,10 @@ def _check_data(c: Any) -> None:
         )
     if min(c.data.std) <= 0:
         raise RecipeError(f"config.data.std={c.data.std!r}: expected numbers above 0")
-    for name in ("threads", "cache_decoded"):
+    _one_of(c.data.mix, "config.data.mix", MIXES)
+    for weight in c.data.weights:
+        _positive(weight, "config.data.weights")
+    for name in ("threads", "processes", "cache_decoded"):
         _at_least(c.data[name], 0, f"config.data.{name}")
     try:
         Augmentation.from_recipe(c.data.augment.to_dict())

@@ -8,7 +8,8 @@ import pytest
 from helpers import Memory, caption, encoded, memory, picture, tokenizer
 
 from vlmjax.data import augment, images, plan
-from vlmjax.data.pipeline import TrainData, caption_id
+from vlmjax.data.examples import caption_id
+from vlmjax.data.pipeline import TrainData
 from vlmjax.data.record import Record
 from vlmjax.errors import BadRecord, DataError
 
@@ -135,7 +136,9 @@ def test_restore_refuses_other_data(words):
     for changed in ({"seed": 4}, {"batch_size": 4}):
         with pytest.raises(DataError, match=next(iter(changed))):
             _train(memory(20), words, **changed).restore(state)
-    with pytest.raises(DataError, match="examples was 20 and is 21, fingerprint"):
+    with pytest.raises(
+        DataError, match=r"memory \(20 examples\) is gone, memory \(21 examples\) is new.*accept_new_mixture"
+    ):
         _train(memory(21), words).restore(state)
 
 
@@ -172,7 +175,7 @@ def test_every_failure_is_a_counted_row(words):
                 raise ZeroDivisionError("a mistake in a source")
             return super().__getitem__(i)
 
-    data.source = Faulty(source.entries)
+    data._examples.source = Faulty(source.entries)
     _take(data, 2)
     assert data.skips.by_reason == {"bad_json": 1, "no_caption": 1, "bomb": 1, "error_ZeroDivisionError": 1}
 
@@ -219,7 +222,8 @@ def test_memory_of_decoded_images_changes_nothing(words):
     assert (plain["pixel_values"] != runs[0][0]["pixel_values"]).any()
     data = _train(memory(20), words, cache_decoded=14, cache_bytes=1 << 30)
     reads = []
-    data._pixels._decode = lambda image, decode=data._pixels._decode: reads.append(1) or decode(image)
+    pixels = data._examples._pixels
+    pixels._decode = lambda image, decode=pixels._decode: reads.append(1) or decode(image)
     _take(data, 10)
     assert len(reads) == 20
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from vlmjax.data import plan
+from vlmjax.data import blocks, plan
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 4, 5, 16, 17, 255, 256, 257, 1000, 4097])
@@ -45,7 +45,7 @@ def test_global_batches_do_not_depend_on_hosts_or_chunks(hosts):
         rows = []
         for host in range(hosts):
             own = range(host * batch // hosts, (host + 1) * batch // hosts)
-            one = plan.Plan(n, batch, own, seed=2, start_step=step, chunk=5)
+            one = plan.Plan(blocks.Order(n, 2), batch, own, start_step=step, chunk=5)
             chunks = [one[c] for c in range(one.chunks_per_batch)]
             assert [c.start for c in chunks] == list(range(0, len(own), 5))
             assert all(c.step == step for c in chunks)

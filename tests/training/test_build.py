@@ -123,7 +123,8 @@ def test_captions_come_from_every_part_of_the_data(monkeypatch):
 
 
 def test_captions_of_scenes_are_those_of_the_records():
-    source = build.open_train_source(recipe())
+    (source,), shares = build.open_train_sources(recipe())
+    assert shares == (1.0,)
     assert [source.captions_at(i) for i in range(5)] == [source[i].captions for i in range(5)]
 
 
@@ -135,7 +136,7 @@ def test_sizes_that_make_no_tokenizer(tmp_path, name):
 
 def test_what_cannot_be_opened_names_its_key(tmp_path):
     with pytest.raises(RecipeError, match="config.data.train: no such data file"):
-        build.open_train_source(recipe(data__train=f"{tmp_path}/x.tar"))
+        build.open_train_sources(recipe(data__train=f"{tmp_path}/x.tar"))
     with pytest.raises(RecipeError, match="config.data.tokenizer: "):
         build.make_tokenizer(recipe(data__tokenizer=f"{tmp_path}/t"), Words([("a",)]), Workdir(str(tmp_path)))
     with pytest.raises(RecipeError, match="config.evals.x: gone") as caught, build.naming("evals.x"):

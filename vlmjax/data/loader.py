@@ -1,7 +1,12 @@
 """The machine under the pipeline: chunks of a plan through grain's threads into batches, failures counted."""
 
+import dataclasses
 import logging
 import math
+import multiprocessing
+import multiprocessing.connection
+import os
+import pickle
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -21,11 +26,12 @@ _MIN_SEEN = 400  # records before a share of bad ones means anything
 
 
 class Failure(NamedTuple):
-    """A record that could not be used: why, which, and the details for the log."""
+    """A record that could not be used: why, which, the details for the log, and the source it is of."""
 
     reason: str
     key: str
     detail: str
+    source: str = ""
 
 
 class SkipCounter:
@@ -34,6 +40,7 @@ class SkipCounter:
     Attributes:
         seen: records asked for.
         by_reason: how many were skipped, for each reason.
+        by_source: how many were skipped, for each source.
     """
 
     def __init__(self, name: str, max_share: float):
@@ -42,7 +49,7 @@ class SkipCounter:
         Judged from some hundred records on and beyond what chance explains, or when all are bad.
         """
         self.name, self.max_share = name, max_share
-        self.seen, self.by_reason = 0, Counter()
+        self.seen, self.by_reason, self.by_source = 0, Counter(), Counter()
 
     @property
     def skipped(self) -> int:
@@ -54,6 +61,7 @@ class SkipCounter:
         self.seen += seen
         for failure in failures:
             self.by_reason[failure.reason] += 1
+            self.by_source[failure.source or self.name] += 1
             self._report(failure, self.by_reason[failure.reason])
         allowed = self.max_share * self.seen
         # Three standard deviations of a count about `allowed`: good data must not stop on a bad day.
@@ -72,7 +80,7 @@ class SkipCounter:
     def _report(self, failure: Failure, count: int) -> None:
         """Log the first five of a reason, then the 8th, 16th, 32nd, ..."""
         if count <= 5 or count & (count - 1) == 0:
-            where = f"number {count} of this reason in {self.name}"
+            where = f"number {count} of this reason in {failure.source or self.name}"
             _log.warning("skipped %s: %s (%s), %s", failure.key, failure.reason, failure.detail, where)
 
 
@@ -88,6 +96,14 @@ class Pixels:
         self._shortest, self._limit, self._decode = shortest, limit_bytes, decode
         self._kept: dict[int, tuple[np.ndarray, Record]] = {}
         self._bytes, self._lock = 0, threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A worker process begins with nothing kept."""
+        return {"shortest": self._shortest, "limit_bytes": self._limit, "decode": self._decode}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From `__getstate__`."""
+        self.__init__(**state)
 
     def __call__(self, source: Source, i: int) -> tuple[np.ndarray, Record]:
         """Pixels of example i and its record. Raises BadRecord."""
@@ -130,6 +146,14 @@ def _key(source: Source, index: int) -> str:
         return f"example {index}"
 
 
+class Done(NamedTuple):
+    """What came of one chunk or one batch: failures, seconds of work of all threads, encoded bytes read."""
+
+    failures: list[Failure]
+    seconds: float
+    bytes_read: int
+
+
 class _Buffers:
     """One preallocated batch per step in flight, which the chunks of that step fill side by side."""
 
@@ -148,39 +172,133 @@ class _Buffers:
             return self._open.pop(step)
 
 
-def load(
-    chunks: plan.Plan,
-    make: Callable[[], Batch],
-    work: Callable[[plan.Chunk, Batch], list[Failure]],
-    threads: int,
-) -> Iterator[tuple[int, Batch, list[Failure]]]:
-    """Run `work` on every chunk, some ahead of their turn, and give (step, batch, failures) in order.
+class Batches:
+    """The batches of a plan in order, worked on ahead of their turn: an iterator of (step, batch, Done).
 
-    Args:
-        chunks: the plan; its chunks of one step fill one batch.
-        make: makes an empty batch of this host's rows.
-        work: fills the rows of its chunk (views into the batch) and returns what failed; must not raise.
-        threads: that work; 0 for the caller's own.
+    Attributes:
+        finished, taken: chunks done and chunks given out; their difference waits. Processes do not tell.
     """
-    import grain  # its import takes a second
 
-    buffers = _Buffers(make)
+    def __init__(
+        self,
+        chunks: plan.Plan,
+        make: Callable[[], Batch],
+        work: Callable[[plan.Chunk, Batch], Done],
+        threads: int,
+        processes: int = 0,
+    ):
+        """Nothing runs before the first batch is asked for.
 
-    def run(chunk: plan.Chunk) -> tuple[int, list[Failure]]:
-        batch = buffers.of(chunk.step)
-        rows = slice(chunk.start, chunk.start + len(chunk.indices))
-        return chunk.step, work(chunk, {name: value[rows] for name, value in batch.items()})
+        Args:
+            chunks: the plan; its chunks of one step fill one batch.
+            make: makes an empty batch of this host's rows.
+            work: fills the rows of its chunk (views into the batch); must not raise.
+            threads: that work; 0 for the caller's own.
+            processes: that work instead, each with its part of the threads; `make` and `work` are pickled.
+        """
+        self.finished = self.taken = 0
+        self._lock = threading.Lock()
+        steps = self._in_processes if processes else self._in_threads
+        self._steps = steps(chunks, make, work, threads, processes)
 
-    per_batch = chunks.chunks_per_batch
-    ahead = 2 * per_batch + threads if threads else 0
-    dataset = grain.MapDataset.source(chunks).map(run)
-    done = iter(dataset.to_iter_dataset(grain.ReadOptions(threads, ahead)))
-    failures: list[Failure] = []
-    try:
-        for count, (step, failed) in enumerate(done, 1):
-            failures += failed
-            if count % per_batch == 0:
-                yield step, buffers.take(step), failures
-                failures = []
-    finally:
-        done.close()
+    def __iter__(self) -> "Batches":
+        """Itself."""
+        return self
+
+    def __next__(self) -> tuple[int, Batch, Done]:
+        """The next batch in order."""
+        return next(self._steps)
+
+    def close(self) -> None:
+        """Stop working ahead."""
+        self._steps.close()
+
+    def _in_threads(self, chunks, make, work, threads, _) -> Iterator[tuple[int, Batch, Done]]:
+        import grain  # its import takes a second
+
+        buffers, per_batch = _Buffers(make), chunks.chunks_per_batch
+
+        def run(chunk: plan.Chunk) -> tuple[int, Done]:
+            batch = buffers.of(chunk.step)
+            rows = slice(chunk.start, chunk.start + len(chunk.indices))
+            done = work(chunk, {name: value[rows] for name, value in batch.items()})
+            with self._lock:
+                self.finished += 1
+            return chunk.step, done
+
+        ahead = 2 * per_batch + threads if threads else 0
+        dataset = grain.MapDataset.source(chunks).map(run)
+        results = iter(dataset.to_iter_dataset(grain.ReadOptions(threads, ahead)))
+        parts: list[Done] = []
+        try:
+            for step, done in results:
+                self.taken += 1
+                parts.append(done)
+                if len(parts) == per_batch:
+                    yield step, buffers.take(step), _sum(parts)
+                    parts = []
+        finally:
+            results.close()
+
+    def _in_processes(self, chunks, make, work, threads, processes) -> Iterator[tuple[int, Batch, Done]]:
+        import grain
+        from absl import flags
+
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain reads its flags, which a notebook never parses
+        whole = dataclasses.replace(chunks, chunk=len(chunks.rows))
+        each = max(1, threads // processes)
+        dataset = grain.MapDataset.source(whole).map(_WholeBatch(make, work))
+        dataset = dataset.to_iter_dataset(grain.ReadOptions(each, 2 * each))
+        options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=2)
+        results = iter(dataset.mp_prefetch(options, worker_init_fn=_init_worker))
+        try:
+            while True:
+                try:
+                    numbers, words = next(results)
+                except RuntimeError as error:
+                    raise DataError(
+                        f"a data process ended by itself ({error}); often memory ran out: lower data.processes or "
+                        "data.threads, or look into the system's log"
+                    ) from error
+                step, keys, done = pickle.loads(words)
+                # A copy: a batch in shared memory would keep its segment for as long as anybody holds an array.
+                batch = {name: np.array(value) for name, value in numbers.items()}
+                yield step, {**batch, "key": np.array(keys, object)}, done
+        finally:
+            results.close()
+
+
+class _WholeBatch:
+    """One item of a worker process: a batch of this host, numbers apart from what has to be pickled."""
+
+    def __init__(self, make: Callable[[], Batch], work: Callable[[plan.Chunk, Batch], Done]):
+        self._make, self._work = make, work
+
+    def __call__(self, chunk: plan.Chunk) -> tuple[Batch, bytes]:
+        batch = self._make()
+        done = self._work(chunk, batch)
+        keys = batch.pop("key").tolist()
+        return batch, pickle.dumps((chunk.step, keys, done))
+
+
+def _init_worker(_index: int = 0, _count: int = 1) -> None:
+    """Keep a worker off the accelerator, and end it with its parent, even a killed one.
+
+    A worker that outlived its parent would hold the tracker of shared memory open, which frees what is left when
+    the last process of the family is gone.
+    """
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
+
+
+def _sum(parts: list[Done]) -> Done:
+    failures = [failure for part in parts for failure in part.failures]
+    return Done(failures, sum(part.seconds for part in parts), sum(part.bytes_read for part in parts))

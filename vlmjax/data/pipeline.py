@@ -1,23 +1,40 @@
 """Sources to training batches, without end, in an order set by (seed, step)."""
 
 import dataclasses
+import functools
+import logging
 import os
-import zlib
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from vlmjax.data import images, loader, plan
-from vlmjax.data.loader import Batch, Failure, SkipCounter
-from vlmjax.data.sources import Source
+from vlmjax.data import images, loader, mixture, plan
+from vlmjax.data.examples import Examples
+from vlmjax.data.loader import Batch, SkipCounter
+from vlmjax.data.mixture import Mixture
+from vlmjax.data.sources import Source, together
 from vlmjax.data.text import Tokenizer
-from vlmjax.errors import BadRecord, DataError
+from vlmjax.errors import DataError
+
+_log = logging.getLogger(__name__)
+_LOOK_AHEAD = 64  # batches; a remote shard takes seconds to come
 
 
-def caption_id(caption: str) -> int:
-    """A 32-bit number of a caption's text; equal captions are positives of each other's images."""
-    return zlib.crc32(caption.encode())
+@dataclasses.dataclass
+class _Work:
+    """What decoding took since it was last asked."""
+
+    batches: int = 0
+    seconds: float = 0.0
+    bytes: int = 0
+
+    def add(self, done: loader.Done) -> None:
+        self.batches, self.seconds, self.bytes = (
+            self.batches + 1,
+            self.seconds + done.seconds,
+            self.bytes + done.bytes_read,
+        )
 
 
 def default_threads() -> int:
@@ -29,9 +46,10 @@ def default_threads() -> int:
 class TrainData:
     """Endless training batches, each a pure function of (seed, step).
 
-    Row r of step s is example permutation(seed, g // n)[g % n] with g = s * batch_size + r; its caption and
-    its augmentation come from a generator keyed by (seed, g). So the global batch is the same for any number
-    of hosts and threads, each epoch shows every example once, and starting at a step costs nothing.
+    Row r of step s is the example that the mixture puts at g = s * batch_size + r; its caption and its
+    augmentation come from a generator keyed by (seed, g). So the global batch is the same for any number of
+    hosts, threads and processes, each epoch of a source shows every example once, and starting at a step costs
+    nothing.
 
     A batch is a dict of arrays over this host's rows: pixel_values uint8 [b, h, w, 3], input_ids and
     attention_mask int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot
@@ -40,19 +58,23 @@ class TrainData:
     Attributes:
         step: the step of the next batch.
         skips: counts of records that could not be used.
+        source: all sources, one after the other.
+        mixture: which example stands at which position.
     """
 
     def __init__(
         self,
-        source: Source,
+        source: Source | Sequence[Source],
         image_transform: Any,
         tokenizer: Tokenizer,
         *,
         batch_size: int,
+        shares: Sequence[float] = (1.0,),
         rows: range | None = None,
         seed: int = 0,
         start_step: int = 0,
         threads: int | None = None,
+        processes: int = 0,
         chunk: int = 32,
         max_bad_share: float = 0.01,
         captions: str = "random",
@@ -64,15 +86,18 @@ class TrainData:
         """Set up; nothing is read before the first batch.
 
         Args:
-            source: the examples.
+            source: the examples, or several sources to mix.
             image_transform: `(uint8 [h, w, c], Generator) -> uint8 [*output_size, 3]` with `output_size`,
                 such as augment.TrainTransform.
             tokenizer: see text.load.
             batch_size: of the global batch.
+            shares: the part of all rows that each source supplies; see mixture.shares.
             rows: the rows of the global batch this host supplies; all by default.
             seed: of order, captions and augmentation.
             start_step: step of the first batch.
             threads: that decode; 0 decodes in the caller's thread; None takes one per core, at most 16.
+            processes: that decode, sharing the threads among them; 0 decodes in this process, which is cheaper
+                until one process cannot keep up.
             chunk: rows that a thread does at a time.
             max_bad_share: more unusable records than this share stop the run.
             captions: "random" draws one of an example's captions anew each time, "first" takes the first.
@@ -80,31 +105,38 @@ class TrainData:
             max_pixels: larger images are refused unread.
             cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
                 small and seen many times, where decoding would dominate.
-            cache_bytes: bound of that memory.
+            cache_bytes: bound of that memory, of all processes together.
 
         Raises:
-            DataError: fewer examples than one batch.
+            DataError: fewer examples than one batch, or the same data in two sources.
         """
-        if captions not in ("random", "first"):
-            raise DataError(f"captions={captions!r} is neither 'random' nor 'first'")
-        if len(source) < batch_size:
+        sources = list(source) if isinstance(source, Sequence) else [source]
+        self.source = together(sources)
+        if len(self.source) < batch_size:
             raise DataError(
-                f"{source.name} has {len(source)} examples, fewer than one batch of {batch_size}; "
+                f"{self.source.name} has {len(self.source)} examples, fewer than one batch of {batch_size}; "
                 "lower the batch size"
             )
-        self.source, self.batch_size, self.seed, self.step = source, batch_size, seed, start_step
-        self.skips = SkipCounter(source.name, max_bad_share)
+        self.batch_size, self.seed, self.step = batch_size, seed, start_step
+        self.skips = SkipCounter(self.source.name, max_bad_share)
+        self.mixture = Mixture(mixture.parts_of(sources, shares), seed)
         self._threads = default_threads() if threads is None else threads
-        rows = range(batch_size) if rows is None else rows
-        self._plan = plan.Plan(len(source), batch_size, rows, seed, start_step, chunk)
-        self._transform, self._tokenizer, self._random = image_transform, tokenizer, captions == "random"
-        alpha = getattr(image_transform, "needs_alpha", False)
-
-        def decode(data: bytes | np.ndarray) -> np.ndarray:
-            return images.decode(data, background=background, max_pixels=max_pixels, keep_alpha=alpha)
-
-        self._pixels = loader.Pixels(cache_decoded, cache_bytes, decode)
-        self._batches: Iterator[tuple[int, Batch, list[Failure]]] | None = None
+        self._processes = processes
+        self._rows = range(batch_size) if rows is None else rows
+        self._chunk = chunk
+        self._examples = Examples(
+            self.source,
+            image_transform,
+            tokenizer,
+            seed=seed,
+            captions=captions,
+            background=background,
+            max_pixels=max_pixels,
+            cache_decoded=cache_decoded,
+            cache_bytes=cache_bytes // max(1, processes),
+        )
+        self._batches: loader.Batches | None = None
+        self._work, self._asked = _Work(), start_step
 
     def __iter__(self) -> "TrainData":
         """Itself: batches go on from `step`."""
@@ -113,53 +145,50 @@ class TrainData:
     def __next__(self) -> Batch:
         """The batch of `step`. Raises DataError when too many records are bad."""
         if self._batches is None:
-            plan_ = dataclasses.replace(self._plan, start_step=self.step)
-            self._batches = loader.load(plan_, self._empty, self._work, self._threads)
-        step, batch, failures = next(self._batches)
+            make = functools.partial(self._examples.empty, len(self._rows))
+            self._batches = loader.Batches(
+                self._plan(), make, self._examples.fill, self._threads, self._processes
+            )
+        self._prepare()
+        step, batch, done = next(self._batches)
         self.step = step + 1
-        self.skips.add(len(batch["valid"]), failures)
+        self._work.add(done)
+        self.skips.add(len(batch["valid"]), done.failures)
         return batch
 
-    def _empty(self) -> Batch:
-        rows, tokens = len(self._plan.rows), self._tokenizer.max_length
-        return {
-            "pixel_values": np.zeros((rows, *self._transform.output_size, 3), np.uint8),
-            "input_ids": np.zeros((rows, tokens), np.int32),
-            "attention_mask": np.zeros((rows, tokens), np.int32),
-            "caption_id": np.zeros(rows, np.uint32),
-            "valid": np.zeros(rows, bool),
-            "key": np.full(rows, "", object),
-        }
+    def _plan(self) -> plan.Plan:
+        return plan.Plan(self.mixture, self.batch_size, self._rows, self.step, self._chunk)
 
-    def _work(self, chunk: plan.Chunk, out: Batch) -> list[Failure]:
-        texts, failures = [""] * len(chunk.indices), []
-        places = zip(chunk.positions.tolist(), chunk.indices.tolist(), strict=True)
-        for row, (position, index) in enumerate(places):
-            made = loader.guarded(self.source, index, lambda i=index, p=position: self._example(i, p))
-            if isinstance(made, Failure):
-                failures.append(made)
-                out["key"][row] = made.key
-                continue
-            out["pixel_values"][row], texts[row], out["key"][row] = made
-            out["caption_id"][row] = caption_id(texts[row])
-            out["valid"][row] = True
-        for name, value in self._tokenizer(texts).items():
-            out[name][:] = value
-        return failures
-
-    def _example(self, index: int, position: int) -> tuple[np.ndarray, str, str]:
-        """Pixels, caption and key of one example at one position of the run."""
-        pixels, record = self._pixels(self.source, index)
-        if not record.captions:
-            raise BadRecord("no_caption", record.key)
-        rng = plan.example_rng(self.seed, position)
-        chosen = int(rng.integers(len(record.captions))) if self._random else 0
-        return self._transform(pixels, rng), record.captions[chosen], record.key
+    def _prepare(self) -> None:
+        """Tell a source of remote shards which examples come next, some batches ahead."""
+        prepare = getattr(self.source, "prepare", None)
+        if prepare is None:
+            return
+        until = self.step + _LOOK_AHEAD
+        if until - self._asked < _LOOK_AHEAD // 4 and self._asked > self.step:
+            return
+        first, last = max(self._asked, self.step), until
+        rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
+        positions = np.arange(first, last, dtype=np.int64)[:, None] * self.batch_size + rows
+        prepare(self.mixture(positions.ravel()))
+        self._asked = until
 
     def indices(self, step: int) -> np.ndarray:
-        """Which examples of the source make the global batch of a step: int64 [batch_size]."""
-        first = step * self.batch_size
-        return self._plan.indices(np.arange(first, first + self.batch_size))
+        """Which examples of `source` make the global batch of a step: int64 [batch_size]."""
+        return self._plan().indices(step)
+
+    @property
+    def images_per_batch(self) -> int:
+        """Rows of a batch that this host supplies."""
+        return len(self._rows)
+
+    def work(self) -> dict[str, float]:
+        """Since the last call: batches, seconds of all threads, bytes read; and the batches that wait just now."""
+        out, self._work = dataclasses.asdict(self._work), _Work()
+        if self._batches is not None and not self._processes:
+            per_batch = self._plan().chunks_per_batch
+            out["queue"] = max(0, self._batches.finished - self._batches.taken) / per_batch
+        return out
 
     @property
     def state(self) -> dict[str, Any]:
@@ -168,26 +197,51 @@ class TrainData:
             "step": self.step,
             "seed": self.seed,
             "batch_size": self.batch_size,
-            "examples": len(self.source),
-            "fingerprint": self.source.fingerprint,
+            "mixture": self.mixture.state(),
         }
 
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a saved state, on any number of hosts and threads.
+    def restore(self, state: dict[str, Any], *, accept: bool = False) -> None:
+        """Go on from a saved state, on any number of hosts, threads and processes.
+
+        Args:
+            state: from `state`.
+            accept: other sources or shares than the saved run's are its next mixture, from this step on; sources
+                of both go on where they were.
 
         Raises:
             DataError: the data, the seed or the batch size is not the saved run's, so "the same order" has no
                 meaning.
         """
         now = self.state
-        changed = [name for name in now if name != "step" and name in state and state[name] != now[name]]
+        changed = [
+            f"{name} was {state[name]!r} and is {now[name]!r}"
+            for name in ("seed", "batch_size")
+            if state[name] != now[name]
+        ]
         if changed:
-            told = ", ".join(f"{name} was {state[name]!r} and is {now[name]!r}" for name in changed)
-            raise DataError(
-                f"cannot continue with other data: {told}; undo the change or start a new workdir"
-            )
+            raise DataError(f"cannot continue: {', '.join(changed)}; undo the change or start a new workdir")
+        saved, step = Mixture.from_state(state["mixture"], self.seed), int(state["step"])
+        self.mixture = self._continued(saved, step, accept)
         self.close()
-        self.step = int(state["step"])
+        self.step = self._asked = step
+
+    def _continued(self, saved: Mixture, step: int, accept: bool) -> Mixture:
+        """The mixture to go on with: the saved one, or the next."""
+        mine = [(part.fingerprint, part.size, part.share) for part in self.mixture.parts]
+        if mine == [(part.fingerprint, part.size, part.share) for part in saved.parts]:
+            parts = [
+                dataclasses.replace(part, stream=old.stream, drawn=old.drawn)
+                for part, old in zip(self.mixture.parts, saved.parts, strict=True)
+            ]
+            return Mixture(parts, self.seed, saved.start, saved.version)
+        told = mixture.difference(saved.parts, self.mixture.parts)
+        if not accept:
+            raise DataError(
+                f"cannot continue with other data: {told}; undo the change, start a new workdir, or go on with the "
+                "new mixture by data.accept_new_mixture=True"
+            )
+        _log.warning("from step %d on another mixture: %s", step, told)
+        return saved.followed_by(self.mixture.parts, step * self.batch_size)
 
     def close(self) -> None:
         """Stop decoding ahead; the next batch starts it again."""

@@ -1,6 +1,7 @@
 """The order of the data: which example stands in which row of which batch, as a function of (seed, step)."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -94,14 +95,13 @@ class Chunk:
 class Plan:
     """Random access to the chunks of one host, from `start_step` on, without end.
 
-    Global position g = step * batch_size + row reads example permutation(seed, g // n)[g % n]. A host owns
-    the contiguous `rows` of every global batch, so the global batch does not depend on the number of hosts.
+    Global position g = step * batch_size + row shows example `order(g)`. A host owns the contiguous `rows` of
+    every global batch, so the global batch does not depend on the number of hosts.
     """
 
-    n: int
+    order: Callable[[np.ndarray], np.ndarray]  # int64 positions -> int64 examples: see mixture.Mixture
     batch_size: int
     rows: range
-    seed: int
     start_step: int = 0
     chunk: int = 32
 
@@ -110,14 +110,9 @@ class Plan:
         """How many chunks make this host's part of one batch."""
         return -(-len(self.rows) // self.chunk)
 
-    def indices(self, positions: np.ndarray) -> np.ndarray:
-        """The example at each global position, int64."""
-        epochs, places = np.divmod(np.asarray(positions, np.int64), self.n)
-        out = np.empty_like(places)
-        for epoch in np.unique(epochs):
-            here = epochs == epoch
-            out[here] = permute(places[here], self.n, self.seed, int(epoch))
-        return out
+    def indices(self, step: int) -> np.ndarray:
+        """The example in every row of the global batch of a step: int64 [batch_size]."""
+        return self.order(step * self.batch_size + np.arange(self.batch_size, dtype=np.int64))
 
     def __len__(self) -> int:
         """Endless for every purpose; a sequence has to have a length."""
@@ -129,4 +124,4 @@ class Plan:
         step += self.start_step
         rows = self.rows[part * self.chunk : (part + 1) * self.chunk]
         positions = step * self.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
-        return Chunk(step, part * self.chunk, positions, self.indices(positions))
+        return Chunk(step, part * self.chunk, positions, self.order(positions))

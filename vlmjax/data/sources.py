@@ -64,10 +64,19 @@ class Concat:
         source, at = self._place(i)
         return captions_of(source, at)
 
+    def part_name(self, i: int) -> str:
+        """The name of the source that example i is of."""
+        return self._place(i)[0].name
+
     def __getitem__(self, i: int) -> Record:
         """Example i."""
         source, at = self._place(i)
         return source[at]
+
+
+def together(sources: Sequence[Source]) -> Source:
+    """One source of all: the only one itself, or several one after the other."""
+    return sources[0] if len(sources) == 1 else Concat(sources)
 
 
 def key_of(source: Source, i: int) -> str:
@@ -115,14 +124,32 @@ def open_source(
     Raises:
         DataError: nothing there, unreadable, or nothing left after `exclude` and `keep`.
     """
+    table = {"image_column": image_column, "caption_columns": caption_columns, "image_root": image_root}
+    return together(
+        open_sources(spec, seed=seed, image_size=image_size, exclude=exclude, keep=keep, cache=cache, **table)
+    )
+
+
+def open_sources(
+    spec: Specification,
+    *,
+    seed: int = 0,
+    image_size: int | Sequence[int] = 64,
+    exclude: str | None = None,
+    keep: Callable[[str], bool] | None = None,
+    image_column: str | None = None,
+    caption_columns: Sequence[str] | str | None = None,
+    image_root: str | None = None,
+    cache: str | None = None,
+) -> list[Source]:
+    """Like `open_source`, with each part of `spec` a source of its own, for a mixture."""
     parts = [part for entry in ([spec] if isinstance(spec, str) else spec) for part in split_spec(entry)]
     if not parts:
         raise DataError("no data given: name shards, a table, a folder, or 'scenes'")
     table = {"image_column": image_column, "caption_columns": caption_columns, "root": image_root}
     side = image_size if isinstance(image_size, int) else max(image_size)
     sources = [_open_part(part, seed, side, table, cache) for part in parts]
-    sources = _filtered(sources, exclude, keep)
-    return sources[0] if len(sources) == 1 else Concat(sources)
+    return _filtered(sources, exclude, keep)
 
 
 def split_spec(spec: str) -> list[str]:

@@ -16,11 +16,11 @@ import numpy as np
 from flax import traverse_util
 
 from vlmjax.config import Config
-from vlmjax.data import bpe, text
+from vlmjax.data import bpe, mixture, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.plan import permute
-from vlmjax.data.sources import Source, captions_of, open_source
+from vlmjax.data.sources import Source, captions_of, open_sources
 from vlmjax.errors import BadRecord, CheckpointError, DataError, HubError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
@@ -45,11 +45,15 @@ def naming(key: str) -> Iterator[None]:
         raise RecipeError(f"config.{key}: {error}") from error
 
 
-def open_train_source(recipe: Any) -> Source:
-    """The source that `recipe.data` names."""
+def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
+    """The sources that `recipe.data` names, and the share of the run that each supplies."""
     with naming("data.train"):
         size, exclude = recipe.model.image.image_size, recipe.data.exclude or None
-        return open_source(recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude)
+        sources = open_sources(recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude)
+    with naming("data.weights"):
+        return sources, mixture.shares(
+            [len(source) for source in sources], recipe.data.mix, recipe.data.weights
+        )
 
 
 def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:

@@ -10,6 +10,7 @@ import numpy as np
 
 from vlmjax.data.folder import Subset
 from vlmjax.data.pipeline import TrainData
+from vlmjax.data.sources import together
 from vlmjax.errors import NonFiniteError, UserError
 from vlmjax.models import flops
 from vlmjax.sharding import distributed
@@ -17,6 +18,7 @@ from vlmjax.sharding.mesh import check_batch_size, local_rows, make_mesh, to_glo
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.training import build, finish
 from vlmjax.training.checkpoint import Checkpoints
+from vlmjax.training.data_metrics import data_row
 from vlmjax.training.durations import Durations
 from vlmjax.training.metrics import Clock, MetricsLog, ProgressBar, Trace
 from vlmjax.training.optimizer import make_optimizer, make_schedule
@@ -40,7 +42,8 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     mesh = make_mesh(**recipe.mesh.to_dict())
     check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
     folder = Workdir(workdir, writer=first)
-    source = build.open_train_source(recipe)
+    sources, shares = build.open_train_sources(recipe)
+    source = together(sources)
     lengths = Durations(recipe, source)
     tokenizer = build.make_tokenizer(recipe, source, folder)
     model = build.make_model(recipe, tokenizer)
@@ -60,19 +63,21 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     frozen = (*recipe.frozen, *stage.frozen)
     state, data_state, optimizer = start_state(recipe, model, optimizer_of, frozen, mesh, checkpoints)
     data = TrainData(
-        source,
+        sources,
         build.train_transform(recipe, model.config.image.image_shape),
         tokenizer,
         batch_size=recipe.batch_size,
+        shares=shares,
         rows=local_rows(mesh, recipe.batch_size),
         seed=recipe.seed,
         threads=recipe.data.threads or None,
+        processes=recipe.data.processes,
         max_bad_share=recipe.data.max_bad_share,
         background=tuple(recipe.data.background),
         cache_decoded=recipe.data.cache_decoded or None,
     )
     if data_state:
-        data.restore(data_state)
+        data.restore(data_state, accept=recipe.data.accept_new_mixture)
     start = data.step
     step_function = make_train_step(
         stage,
@@ -89,7 +94,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     if first:
         finish.describe(folder, recipe, model, mesh)
         folder.sync()
-        announce(recipe, state, mesh, lengths, start, source.name)
+        announce(recipe, state, mesh, lengths, start, data.mixture.describe())
     log = MetricsLog(folder, start)
     towers = {"image": "vision_model", "text": "text_model"}
     locked = [tower for tower, tree in towers.items() if tree not in state.params]
@@ -120,7 +125,11 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
                 jax.block_until_ready(metrics)  # compilation is over; rates begin here
                 clock.restart()
             if step % recipe.log_every == 0 or step in (1, lengths.total):
-                row = {**_row(_check(pending, recent, folder)), **clock.read(), **_skips(data)}
+                row = {
+                    **_row(_check(pending, recent, folder)),
+                    **clock.read(),
+                    **data_row(data, clock.seconds),
+                }
                 log.write(step, {**row, "examples": step * recipe.batch_size})
                 bar.report(step, row)
                 clock.restart()
@@ -181,12 +190,6 @@ def _check(pending: tuple[int, Any], recent: deque, folder: Workdir) -> Mapping[
         f"(parameter groups: {', '.join(groups) or 'none, the loss alone'}); the examples of the batch are in "
         f"{address}. Lower optimizer.learning_rate, set optimizer.clip_norm, or exclude those records."
     )
-
-
-def _skips(data: TrainData) -> dict[str, int]:
-    """Corrupt records so far on this process: all of them, and by reason."""
-    by_reason = {f"skipped/{reason}": count for reason, count in sorted(data.skips.by_reason.items())}
-    return {"skipped": data.skips.skipped, **by_reason}
 
 
 def _row(metrics: Mapping[str, Any]) -> dict[str, Any]:

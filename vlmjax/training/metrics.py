@@ -58,9 +58,14 @@ class Clock:
         self._wait += waited
         self._steps += 1
 
+    @property
+    def seconds(self) -> float:
+        """Length of the interval so far."""
+        return time.perf_counter() - self._start
+
     def read(self) -> dict[str, float]:
         """The rates of the interval so far; empty before its first step."""
-        seconds = time.perf_counter() - self._start
+        seconds = self.seconds
         if not self._steps or seconds <= 0:
             return {}
         rates = {

@@ -69,7 +69,7 @@ def init_params(model: Any, seed: int) -> Tree:
 
 
 def announce(
-    recipe: Any, state: TrainState, mesh: Mesh, lengths: Durations, start: int, source_name: str
+    recipe: Any, state: TrainState, mesh: Mesh, lengths: Durations, start: int, sources: str
 ) -> None:
     """Print what is about to run: devices, data, parameters and where each of them lives."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -77,7 +77,7 @@ def announce(
         f"{jax.device_count()} {jax.devices()[0].device_kind} device(s) in {jax.process_count()} process(es)"
     )
     print(f"devices     {devices}; mesh {axes}")
-    print(f"data        {source_name}: {lengths.epoch:,} records; batch {recipe.batch_size}")
+    print(f"data        {sources}; batch {recipe.batch_size}")
     trainable, frozen = count(state.params), count(state.frozen)
     print(f"parameters  {trainable + frozen:,} ({trainable:,} trained, {frozen:,} frozen)")
     print(f"steps       {start} to {lengths.total}" + (" (continued)" if start else ""))

@@ -1,0 +1,94 @@
+"""One example of a training batch: record, pixels, caption and tokens, as a function of (source, seed, position)."""
+
+import functools
+import time
+import zlib
+from typing import Any
+
+import numpy as np
+
+from vlmjax.data import images, loader, plan
+from vlmjax.data.loader import Batch, Done, Failure
+from vlmjax.data.sources import Source
+from vlmjax.data.text import Tokenizer
+from vlmjax.errors import BadRecord, DataError
+
+
+def caption_id(caption: str) -> int:
+    """A 32-bit number of a caption's text; equal captions are positives of each other's images."""
+    return zlib.crc32(caption.encode())
+
+
+class Examples:
+    """Fills rows of batches; nothing in it changes from batch to batch, so any thread or process may use it."""
+
+    def __init__(
+        self,
+        source: Source,
+        image_transform: Any,
+        tokenizer: Tokenizer,
+        *,
+        seed: int = 0,
+        captions: str = "random",
+        background: tuple[int, int, int] = (255, 255, 255),
+        max_pixels: int = images.MAX_PIXELS,
+        cache_decoded: int | None = None,
+        cache_bytes: int = 2 << 30,
+    ):
+        """See `pipeline.TrainData`."""
+        if captions not in ("random", "first"):
+            raise DataError(f"captions={captions!r} is neither 'random' nor 'first'")
+        self.source, self._seed = source, seed
+        self._transform, self._tokenizer, self._random = image_transform, tokenizer, captions == "random"
+        alpha = getattr(image_transform, "needs_alpha", False)
+        # Not a function of its own: worker processes get all of this pickled.
+        decode = functools.partial(
+            images.decode, background=background, max_pixels=max_pixels, keep_alpha=alpha
+        )
+        self._pixels = loader.Pixels(cache_decoded, cache_bytes, decode)
+
+    def empty(self, rows: int) -> Batch:
+        """A batch of zeros, every row invalid."""
+        tokens = self._tokenizer.max_length
+        return {
+            "pixel_values": np.zeros((rows, *self._transform.output_size, 3), np.uint8),
+            "input_ids": np.zeros((rows, tokens), np.int32),
+            "attention_mask": np.zeros((rows, tokens), np.int32),
+            "caption_id": np.zeros(rows, np.uint32),
+            "valid": np.zeros(rows, bool),
+            "key": np.full(rows, "", object),
+        }
+
+    def fill(self, chunk: plan.Chunk, out: Batch) -> Done:
+        """Put the examples of a chunk into the rows `out`; those that cannot be used stay zero and invalid."""
+        begin, size = time.perf_counter(), 0
+        texts, failures = [""] * len(chunk.indices), []
+        places = zip(chunk.positions.tolist(), chunk.indices.tolist(), strict=True)
+        for row, (position, index) in enumerate(places):
+            made = loader.guarded(self.source, index, lambda i=index, p=position: self._example(i, p))
+            if isinstance(made, Failure):
+                failures.append(made._replace(source=self._part(index)))
+                out["key"][row] = made.key
+                continue
+            out["pixel_values"][row], texts[row], out["key"][row], read = made
+            out["caption_id"][row] = caption_id(texts[row])
+            out["valid"][row] = True
+            size += read
+        for name, value in self._tokenizer(texts).items():
+            out[name][:] = value
+        return Done(failures, time.perf_counter() - begin, size)
+
+    def _part(self, index: int) -> str:
+        """The name of the source, of several, that an example is of."""
+        part_name = getattr(self.source, "part_name", None)
+        return part_name(index) if part_name else self.source.name
+
+    def _example(self, index: int, position: int) -> tuple[np.ndarray, str, str, int]:
+        """Pixels, caption, key and bytes read of one example at one position of the run."""
+        pixels, record = self._pixels(self.source, index)
+        if not record.captions:
+            raise BadRecord("no_caption", record.key)
+        rng = plan.example_rng(self._seed, position)
+        chosen = int(rng.integers(len(record.captions))) if self._random else 0
+        size = len(record.image) if isinstance(record.image, bytes) else 0
+        return self._transform(pixels, rng), record.captions[chosen], record.key, size
