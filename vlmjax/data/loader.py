@@ -23,6 +23,7 @@ Batch = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 _MIN_SEEN = 400  # records before a share of bad ones means anything
+_ALL_BAD = 8  # records that say by themselves that nothing in the data can be used
 
 
 class Failure(NamedTuple):
@@ -46,7 +47,7 @@ class SkipCounter:
     def __init__(self, name: str, max_share: float):
         """`max_share` of all records may be bad.
 
-        Judged from some hundred records on and beyond what chance explains, or when all are bad.
+        Judged from some hundred records on and beyond what chance explains, or when all of the first are bad.
         """
         self.name, self.max_share = name, max_share
         self.seen, self.by_reason, self.by_source = 0, Counter(), Counter()
@@ -66,7 +67,8 @@ class SkipCounter:
         allowed = self.max_share * self.seen
         # Three standard deviations of a count about `allowed`: good data must not stop on a bad day.
         too_many = self.seen >= _MIN_SEEN and self.skipped > allowed + 3 * math.sqrt(allowed)
-        if too_many or (failures and self.skipped == self.seen and self.max_share < 1):
+        all_bad = self.skipped == self.seen >= _ALL_BAD and self.max_share < 1
+        if too_many or all_bad:
             raise DataError(
                 f"{self.name}: {self.skipped} of {self.seen} records are unusable ({self.summary()}), more than "
                 f"the {self.max_share:.1%} allowed; last: {failures[-1].key} {failures[-1].detail}; "

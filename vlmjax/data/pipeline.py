@@ -182,7 +182,7 @@ class TrainData:
         """Rows of a batch that this host supplies."""
         return len(self._rows)
 
-    def work(self) -> dict[str, float]:
+    def work(self) -> dict[str, int | float]:
         """Since the last call: batches, seconds of all threads, bytes read; and the batches that wait just now."""
         out, self._work = dataclasses.asdict(self._work), _Work()
         if self._batches is not None and not self._processes:
