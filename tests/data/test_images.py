@@ -260,16 +260,6 @@ def test_long_thin_images_stay_small():
     tracemalloc.stop()
 
 
-def test_part_of_a_huge_resize(monkeypatch):
-    pixels, size = picture(6, 90, 700), (60, 3000)
-    whole = images.resize(pixels, size).astype(int)
-    monkeypatch.setattr(images, "_WHOLE_RESIZE", 1000)
-    for rows, columns in (((0, 60), (0, 100)), ((10, 30), (1470, 1530)), ((59, 60), (2900, 3000))):
-        part = images.resize_part(pixels, size, rows, columns)
-        difference = np.abs(part - whole[rows[0] : rows[1], columns[0] : columns[1]])
-        assert difference.max() <= 2 and difference.mean() < 0.02
-
-
 def test_preprocessor_config_both_ways():
     for transform in (
         images.EvalTransform(),

@@ -142,6 +142,34 @@ def test_restore_refuses_other_data(words):
         _train(memory(21), words).restore(state)
 
 
+def test_an_accepted_mixture_goes_on_where_its_sources_were(words):
+    """A second source from step 5 on: the first one's epoch is finished, without a repetition."""
+
+    def train(sources, shares):
+        options = {"batch_size": 8, "shares": shares, "seed": 3, "threads": 0}
+        return TrainData(sources, augment.TrainTransform((16, 12), RECIPE), words, **options)
+
+    first, other = memory(70), memory(30)
+    other.entries = [Record(f"other{i}", one.image, one.captions) for i, one in enumerate(other.entries)]
+    before = train([first], (1.0,))
+    keys = [key for _ in range(5) for key in next(before)["key"]]
+    state = json.loads(json.dumps(before.state))
+    before.close()
+    after = train([first, other], (0.5, 0.5))
+    with pytest.raises(DataError, match=r"memory \(30 examples\) is new.*share of memory was 1 and is 0.5"):
+        after.restore(state)
+    after.restore(state, accept=True)
+    assert after.step == 5 and after.state["mixture"]["version"] == 2
+    middle = _take(after, 2)
+    resumed = train([first, other], (0.5, 0.5))
+    resumed.restore(json.loads(json.dumps(after.state)))
+    assert resumed.state == after.state and resumed.mixture.version == 2
+    rest = [key for batch in [*middle, *_take(resumed, 10)] for key in batch["key"]]
+    of_first = [key for key in keys + rest if not key.startswith("other")]
+    assert sorted(of_first[:70]) == sorted(f"k{i}" for i in range(70))
+    assert abs(sum(key.startswith("other") for key in rest) - 48) < 20
+
+
 def test_bad_records_leave_marked_rows(words, caplog):
     data = _train(_broken(), words)
     with caplog.at_level(logging.WARNING):

@@ -1,5 +1,8 @@
 """The order of the data: bijections, independence of hosts, randomness by position."""
 
+import pickle
+import threading
+
 import numpy as np
 import pytest
 
@@ -61,3 +64,23 @@ def test_generators_depend_on_seed_position_and_stream():
     }
     assert len(set(draws.values())) == len(draws)
     assert plan.example_rng(0, 5).random() == plan.example_rng(0, 5).random()
+
+
+def test_reset_generators_give_the_same_numbers():
+    """Whatever was drawn before: halves of words and normal pairs must not be left over."""
+    one = pickle.loads(pickle.dumps(plan.Generators(-3, 2)))
+    for position in (5, 0, 2**40, 5):
+        fresh, reset = plan.example_rng(-3, position, 2), one.at(position)
+        assert reset.integers(0, 100, 3, np.uint32).tolist() == fresh.integers(0, 100, 3, np.uint32).tolist()
+        assert reset.random() == fresh.random() and reset.standard_normal() == fresh.standard_normal()
+    firsts = {}
+
+    def draw(position):
+        firsts[position] = [one.at(position).random() for _ in range(200)]
+
+    threads = [threading.Thread(target=draw, args=(position,)) for position in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert all(set(got) == {plan.example_rng(-3, p, 2).random()} for p, got in firsts.items())

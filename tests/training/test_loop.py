@@ -217,7 +217,7 @@ def test_continuing_with_what_does_not_fit_is_refused(uninterrupted):
     _, err = run(recipe, folder / "run", "--config.model.image.mlp_dim=48", code=1)
     assert err.startswith("error: ") and "belongs to another model" in err and "mlp/fc1/kernel" in err
     _, err = run(recipe, folder / "run", "--config.seed=5", code=1)
-    assert "cannot continue with other data: seed was 0 and is 5" in err
+    assert "cannot continue: seed was 0 and is 5" in err
 
 
 def test_an_evaluation_that_fails_does_not_lose_what_was_learned(uninterrupted, tmp_path):

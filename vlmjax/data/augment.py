@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from vlmjax.data import images
+from vlmjax.data import images, randaugment
 from vlmjax.errors import RecipeError
 
 _LUMA = np.array([0.299, 0.587, 0.114])
@@ -31,6 +31,8 @@ class Augmentation:
         shear: largest slant in degrees.
         zoom: smallest and largest factor of a further scaling.
         background: probability that a transparent image gets a random colour behind it, not the usual one.
+        policy: a random policy of whole-image changes, see `randaugment.parse`: "" for none, "randaugment(2, 9)",
+            "blip(2, 5)".
         jitter: strength of brightness, contrast, saturation and hue changes: one number s for (s, s, s, s /
             4) as in SimCLR (Chen et al. 2020, appendix A), or the four numbers.
         grayscale: probability of losing all colour.
@@ -48,6 +50,7 @@ class Augmentation:
     shear: float = 0.0
     zoom: tuple[float, float] = (1.0, 1.0)
     background: float = 0.0
+    policy: str = ""
     jitter: float | tuple[float, float, float, float] = 0.0
     grayscale: float = 0.0
     blur: float = 0.0
@@ -79,6 +82,9 @@ _BOUNDS = {"rotate": 180.0, "shear": 60.0, "noise": 255.0}
 
 def _checked(name: str, value: Any) -> Any:
     """The value of one setting in its field's type, or a RecipeError."""
+    if name == "policy":
+        policy = randaugment.parse(value)
+        return "" if policy is None else str(policy)
     if name == "jitter" and not isinstance(value, (int, float)):
         strengths = _numbers(name, value, 4)
         return tuple(_in_range(name, strength, 0.0, 1.0) for strength in strengths)
@@ -111,6 +117,8 @@ def _in_range(name: str, value: float, low: float, high: float) -> float:
 class TrainTransform:
     """Pixels to one training image: `transform(uint8 [h, w, 3 or 4], rng) -> uint8 [*size, 3]`."""
 
+    takes_jpegs = True  # whose pixels wait: see images.open_image
+
     def __init__(
         self,
         size: int | tuple[int, int],
@@ -126,6 +134,7 @@ class TrainTransform:
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.recipe = Augmentation.from_recipe(recipe)
         self.background = background
+        self._policy = randaugment.parse(self.recipe.policy)
 
     @property
     def output_size(self) -> tuple[int, int]:
@@ -137,16 +146,18 @@ class TrainTransform:
         """True when transparency has to reach the transform."""
         return self.recipe.background > 0
 
-    def __call__(self, pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-        """One augmented image; equal pixels and an equal generator give equal bytes."""
+    def __call__(self, image: np.ndarray | images.Jpeg, rng: np.random.Generator) -> np.ndarray:
+        """One augmented image; equal pixels, or equal files, and an equal generator give equal bytes."""
         r = self.recipe
-        pixels = random_resized_crop(pixels, rng, self.size, r.crop_scale, r.crop_ratio)
-        if r.flip and rng.random() < r.flip:
-            pixels = pixels[:, ::-1]
+        box = random_box(image.shape[:2], rng, r.crop_scale, r.crop_ratio)
+        mirror = bool(r.flip and rng.random() < r.flip)
+        pixels = images.take(image, box, self.size, mirror)
         if r.rotate or r.translate or r.shear or r.zoom != (1.0, 1.0):
             pixels = random_affine(pixels, rng, r.rotate, r.translate, r.shear, r.zoom)
         if pixels.shape[2] == 4:
             pixels = random_background(pixels, rng, r.background, self.background)
+        if self._policy is not None:
+            pixels = self._policy(pixels, rng)
         if r.jitter or r.grayscale:
             pixels = color_jitter(pixels, rng, r.jitter, r.grayscale)
         if r.blur and rng.random() < r.blur:
@@ -161,32 +172,42 @@ class TrainTransform:
 
 
 def random_resized_crop(
-    pixels: np.ndarray,
+    image: np.ndarray | images.Jpeg,
     rng: np.random.Generator,
     size: tuple[int, int],
     scale: tuple[float, float] = (0.9, 1.0),
     ratio: tuple[float, float] = (3 / 4, 4 / 3),
 ) -> np.ndarray:
-    """A rectangle of random area and shape, resized (bicubic, antialiased) to `size` (height, width).
+    """A rectangle of random area and shape, see `random_box`, resized (bicubic, antialiased) to `size`."""
+    return images.take(image, random_box(image.shape[:2], rng, scale, ratio), size)
+
+
+def random_box(
+    shape: tuple[int, int],
+    rng: np.random.Generator,
+    scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+) -> tuple[int, int, int, int]:
+    """A rectangle (x0, y0, x1, y1) of random area and shape in an image of `shape` (height, width).
 
     The rule of Inception's crops (Szegedy et al. 2015) as torchvision has it: ten tries for a rectangle that
     fits, the ratio log-uniform; then the largest central one whose ratio is allowed.
     """
-    height, width = pixels.shape[:2]
+    height, width = shape
     for _ in range(10):
         area = height * width * rng.uniform(*scale)
-        shape = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        w, h = round(math.sqrt(area * shape)), round(math.sqrt(area / shape))
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             y, x = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
-            return images.resize(pixels, size, (x, y, x + w, y + h))
+            return x, y, x + w, y + h
     w, h = width, height
     if width / height < ratio[0]:
         h = max(1, min(height, round(width / ratio[0])))
     elif width / height > ratio[1]:
         w = max(1, min(width, round(height * ratio[1])))
     y, x = (height - h) // 2, (width - w) // 2
-    return images.resize(pixels, size, (x, y, x + w, y + h))
+    return x, y, x + w, y + h
 
 
 def random_affine(

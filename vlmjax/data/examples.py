@@ -38,12 +38,16 @@ class Examples:
         """See `pipeline.TrainData`."""
         if captions not in ("random", "first"):
             raise DataError(f"captions={captions!r} is neither 'random' nor 'first'")
-        self.source, self._seed = source, seed
+        self.source, self._generators = source, plan.Generators(seed)
         self._transform, self._tokenizer, self._random = image_transform, tokenizer, captions == "random"
         alpha = getattr(image_transform, "needs_alpha", False)
+        lazy = cache_decoded is None and getattr(image_transform, "takes_jpegs", False)
         # Not a function of its own: worker processes get all of this pickled.
         decode = functools.partial(
-            images.decode, background=background, max_pixels=max_pixels, keep_alpha=alpha
+            images.open_image if lazy else images.decode,
+            background=background,
+            max_pixels=max_pixels,
+            keep_alpha=alpha,
         )
         self._pixels = loader.Pixels(cache_decoded, cache_bytes, decode)
 
@@ -88,7 +92,7 @@ class Examples:
         pixels, record = self._pixels(self.source, index)
         if not record.captions:
             raise BadRecord("no_caption", record.key)
-        rng = plan.example_rng(self._seed, position)
+        rng = self._generators.at(position)
         chosen = int(rng.integers(len(record.captions))) if self._random else 0
         size = len(record.image) if isinstance(record.image, bytes) else 0
         return self._transform(pixels, rng), record.captions[chosen], record.key, size

@@ -93,7 +93,7 @@ class Pixels:
     run sees does not depend on what happened to be in memory.
     """
 
-    def __init__(self, shortest: int | None, limit_bytes: int, decode: Callable[[Any], np.ndarray]):
+    def __init__(self, shortest: int | None, limit_bytes: int, decode: Callable[[Any], Any]):
         """`shortest` None keeps nothing and scales nothing."""
         self._shortest, self._limit, self._decode = shortest, limit_bytes, decode
         self._kept: dict[int, tuple[np.ndarray, Record]] = {}
@@ -107,7 +107,7 @@ class Pixels:
         """From `__getstate__`."""
         self.__init__(**state)
 
-    def __call__(self, source: Source, i: int) -> tuple[np.ndarray, Record]:
+    def __call__(self, source: Source, i: int) -> tuple[np.ndarray | images.Jpeg, Record]:
         """Pixels of example i and its record. Raises BadRecord."""
         known = self._kept.get(i)
         if known is not None:

@@ -110,6 +110,7 @@ class TrainData:
         Raises:
             DataError: fewer examples than one batch, or the same data in two sources.
         """
+        images.backend()  # compiles the resize kernel where that was never done, before anything waits for it
         sources = list(source) if isinstance(source, Sequence) else [source]
         self.source = together(sources)
         if len(self.source) < batch_size:
@@ -170,7 +171,7 @@ class TrainData:
         first, last = max(self._asked, self.step), until
         rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
         positions = np.arange(first, last, dtype=np.int64)[:, None] * self.batch_size + rows
-        prepare(self.mixture(positions.ravel()))
+        prepare(self.mixture(positions.ravel()).tolist())
         self._asked = until
 
     def indices(self, step: int) -> np.ndarray:
@@ -198,6 +199,7 @@ class TrainData:
             "seed": self.seed,
             "batch_size": self.batch_size,
             "mixture": self.mixture.state(),
+            "images": images.backend(),
         }
 
     def restore(self, state: dict[str, Any], *, accept: bool = False) -> None:
@@ -220,6 +222,9 @@ class TrainData:
         ]
         if changed:
             raise DataError(f"cannot continue: {', '.join(changed)}; undo the change or start a new workdir")
+        before, today = state.get("images"), now["images"]
+        if before and before != today:
+            _log.warning("pictures were made by %s and are now by %s: their last bits may differ", before, today)
         saved, step = Mixture.from_state(state["mixture"], self.seed), int(state["step"])
         self.mixture = self._continued(saved, step, accept)
         self.close()

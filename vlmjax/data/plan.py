@@ -1,6 +1,7 @@
 """The order of the data: which example stands in which row of which batch, as a function of (seed, step)."""
 
 import dataclasses
+import threading
 from collections.abc import Callable
 
 import numpy as np
@@ -75,6 +76,29 @@ def example_rng(seed: int, position: int, stream: int = 0) -> np.random.Generato
     """
     key = mix64(seed, 0x76_6C_6D, stream)
     return np.random.Generator(np.random.Philox(key=key, counter=[0, 0, position & _MASK64, 0]))
+
+
+class Generators:
+    """`example_rng` for position after position, at a twentieth of its cost: one generator per thread, reset."""
+
+    def __init__(self, seed: int, stream: int = 0):
+        """Arguments as of `example_rng`."""
+        self._seed, self._stream = seed, stream
+        self._mine = threading.local()
+
+    def at(self, position: int) -> np.random.Generator:
+        """The generator of a position; good until this thread asks for another."""
+        mine = self._mine
+        if not hasattr(mine, "generator"):
+            mine.generator = example_rng(self._seed, 0, self._stream)
+            mine.state = mine.generator.bit_generator.state
+        mine.state["state"]["counter"][:] = (0, 0, position & _MASK64, 0)
+        mine.generator.bit_generator.state = mine.state
+        return mine.generator
+
+    def __reduce__(self):
+        """Worker processes make their own."""
+        return Generators, (self._seed, self._stream)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from vlmjax.data import images
 from vlmjax.sharding.rules import format_table, shardings
 from vlmjax.training.build import import_params
 from vlmjax.training.checkpoint import Checkpoints
@@ -78,6 +79,8 @@ def announce(
     )
     print(f"devices     {devices}; mesh {axes}")
     print(f"data        {sources}; batch {recipe.batch_size}")
+    backend = ", ".join(f"{what} by {name}" for what, name in images.backend().items() if what != "pillow")
+    print(f"pictures    {backend}")
     trainable, frozen = count(state.params), count(state.frozen)
     print(f"parameters  {trainable + frozen:,} ({trainable:,} trained, {frozen:,} frozen)")
     print(f"steps       {start} to {lengths.total}" + (" (continued)" if start else ""))
