@@ -149,6 +149,8 @@ def recipe() -> Config:
     c.data.weights = ()  # a factor on the share of each source, in their order; explicit shares: mix = "equal"
     c.data.accept_new_mixture = False  # continue with other sources or shares, from the checkpoint's step on
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
+    c.data.captions = "random"  # which of several: random | first | all | weights:3,1
+    c.data.templates = ()  # sentences around the caption, one drawn each time: "a photo of {caption}"
     c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions
     c.data.background = (255, 255, 255)  # what shows through transparent pixels, RGB
     c.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP preprocessing

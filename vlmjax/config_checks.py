@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from vlmjax.errors import RecipeError
+from vlmjax.errors import DataError, RecipeError
 
 UNITS = ("steps", "examples", "epochs")  # in which a duration may be given
 METRICS = {
@@ -93,6 +93,7 @@ def _check_mesh(c: Any) -> None:
 
 def _check_data(c: Any) -> None:
     from vlmjax.data.augment import Augmentation
+    from vlmjax.data.captions import CaptionRule
     from vlmjax.data.mixture import MIXES
 
     if not c.data.train:
@@ -118,6 +119,10 @@ def _check_data(c: Any) -> None:
         _positive(weight, "config.data.weights")
     for name in ("threads", "processes", "cache_decoded"):
         _at_least(c.data[name], 0, f"config.data.{name}")
+    try:
+        CaptionRule.parse(c.data.captions, c.data.templates)
+    except DataError as error:
+        raise RecipeError(f"config.data.captions or config.data.templates: {error}") from None
     try:
         Augmentation.from_recipe(c.data.augment.to_dict())
     except RecipeError as error:

@@ -224,8 +224,8 @@ def test_too_many_bad_records_stop_the_run(words):
 def test_settings_are_checked(words):
     with pytest.raises(DataError, match="memory has 5 examples, fewer than one batch of 8"):
         _train(memory(5), words)
-    with pytest.raises(DataError, match="captions='all'"):
-        _train(memory(8), words, captions="all")
+    with pytest.raises(DataError, match="captions='last'"):
+        _train(memory(8), words, captions="last")
 
 
 def test_captions(words):
@@ -236,6 +236,23 @@ def test_captions(words):
     assert set(texts[0].tolist()) == set(every) and set(texts[1].tolist()) == set(every[::3])
     counts = np.array([(texts[0] == one).sum() for one in every])
     assert counts.min() >= 3, "each of 3 captions in 30 epochs about 10 times"
+
+
+def test_templates_and_texts_that_are_cut(words):
+    """The template's text is read by the model; equal captions stay positives whatever the sentence around them."""
+    templates = ("a small {caption}", "{caption} " * 20)
+    data = _train(memory(8), words, templates=templates)
+    plain = _take(_train(memory(8), words), 6)
+    cut = 0
+    for one, other in zip(_take(data, 6), plain, strict=True):
+        assert one["key"].tolist() == other["key"].tolist()
+        np.testing.assert_array_equal(one["caption_id"], other["caption_id"])
+        for row, key in enumerate(one["key"]):
+            text = memory(8)[int(key[1:])].captions[0]
+            rows = [words([template.format(caption=text)])["input_ids"][0].tolist() for template in templates]
+            which = rows.index(one["input_ids"][row].tolist())
+            cut += which
+    assert 10 < cut < 38 and data.work()["truncated"] == cut
 
 
 def test_memory_of_decoded_images_changes_nothing(words):

@@ -3,15 +3,16 @@
 import functools
 import time
 import zlib
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from vlmjax.data import images, loader, plan
+from vlmjax.data.captions import CaptionRule, Text
 from vlmjax.data.loader import Batch, Done, Failure
 from vlmjax.data.sources import Source
 from vlmjax.data.text import Tokenizer
-from vlmjax.errors import BadRecord, DataError
 
 
 def caption_id(caption: str) -> int:
@@ -30,16 +31,16 @@ class Examples:
         *,
         seed: int = 0,
         captions: str = "random",
+        templates: str | Sequence[str] = (),
         background: tuple[int, int, int] = (255, 255, 255),
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
         cache_bytes: int = 2 << 30,
     ):
         """See `pipeline.TrainData`."""
-        if captions not in ("random", "first"):
-            raise DataError(f"captions={captions!r} is neither 'random' nor 'first'")
         self.source, self._generators = source, plan.Generators(seed)
-        self._transform, self._tokenizer, self._random = image_transform, tokenizer, captions == "random"
+        self._transform, self._tokenizer = image_transform, tokenizer
+        self._rule = CaptionRule.parse(captions, templates)
         alpha = getattr(image_transform, "needs_alpha", False)
         lazy = cache_decoded is None and getattr(image_transform, "takes_jpegs", False)
         # Not a function of its own: worker processes get all of this pickled.
@@ -74,25 +75,24 @@ class Examples:
                 failures.append(made._replace(source=self._part(index)))
                 out["key"][row] = made.key
                 continue
-            out["pixel_values"][row], texts[row], out["key"][row], read = made
-            out["caption_id"][row] = caption_id(texts[row])
+            out["pixel_values"][row], (caption, texts[row]), out["key"][row], read = made
+            out["caption_id"][row] = caption_id(caption)
             out["valid"][row] = True
             size += read
-        for name, value in self._tokenizer(texts).items():
+        tokens, truncated = self._tokenizer.encode_rows(texts)
+        for name, value in tokens.items():
             out[name][:] = value
-        return Done(failures, time.perf_counter() - begin, size)
+        return Done(failures, time.perf_counter() - begin, size, truncated)
 
     def _part(self, index: int) -> str:
         """The name of the source, of several, that an example is of."""
         part_name = getattr(self.source, "part_name", None)
         return part_name(index) if part_name else self.source.name
 
-    def _example(self, index: int, position: int) -> tuple[np.ndarray, str, str, int]:
+    def _example(self, index: int, position: int) -> tuple[np.ndarray, Text, str, int]:
         """Pixels, caption, key and bytes read of one example at one position of the run."""
         pixels, record = self._pixels(self.source, index)
-        if not record.captions:
-            raise BadRecord("no_caption", record.key)
         rng = self._generators.at(position)
-        chosen = int(rng.integers(len(record.captions))) if self._random else 0
+        text = self._rule(record.captions, rng, record.extra)
         size = len(record.image) if isinstance(record.image, bytes) else 0
-        return self._transform(pixels, rng), record.captions[chosen], record.key, size
+        return self._transform(pixels, rng), text, record.key, size

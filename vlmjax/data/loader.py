@@ -120,7 +120,7 @@ class Pixels:
         if self._shortest is None:
             return pixels, record
         pixels = images.shrink(pixels, self._shortest)
-        record = Record(record.key, b"", record.captions)
+        record = dataclasses.replace(record, image=b"")
         with self._lock:
             if self._bytes + pixels.nbytes <= self._limit:
                 self._bytes += pixels.nbytes
@@ -149,11 +149,12 @@ def _key(source: Source, index: int) -> str:
 
 
 class Done(NamedTuple):
-    """What came of one chunk or one batch: failures, seconds of work of all threads, encoded bytes read."""
+    """What came of one chunk or one batch: failures, seconds of all threads, encoded bytes read, texts cut."""
 
     failures: list[Failure]
     seconds: float
     bytes_read: int
+    truncated: int
 
 
 class _Buffers:
@@ -303,4 +304,5 @@ def _end_with(sentinel: int) -> None:
 
 def _sum(parts: list[Done]) -> Done:
     failures = [failure for part in parts for failure in part.failures]
-    return Done(failures, sum(part.seconds for part in parts), sum(part.bytes_read for part in parts))
+    seconds, read = sum(part.seconds for part in parts), sum(part.bytes_read for part in parts)
+    return Done(failures, seconds, read, sum(part.truncated for part in parts))

@@ -28,13 +28,13 @@ class _Work:
     batches: int = 0
     seconds: float = 0.0
     bytes: int = 0
+    truncated: int = 0
 
     def add(self, done: loader.Done) -> None:
-        self.batches, self.seconds, self.bytes = (
-            self.batches + 1,
-            self.seconds + done.seconds,
-            self.bytes + done.bytes_read,
-        )
+        self.batches += 1
+        self.seconds += done.seconds
+        self.bytes += done.bytes_read
+        self.truncated += done.truncated
 
 
 def default_threads() -> int:
@@ -78,6 +78,7 @@ class TrainData:
         chunk: int = 32,
         max_bad_share: float = 0.01,
         captions: str = "random",
+        templates: str | Sequence[str] = (),
         background: tuple[int, int, int] = (255, 255, 255),
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
@@ -100,7 +101,8 @@ class TrainData:
                 until one process cannot keep up.
             chunk: rows that a thread does at a time.
             max_bad_share: more unusable records than this share stop the run.
-            captions: "random" draws one of an example's captions anew each time, "first" takes the first.
+            captions: which of an example's captions, anew each time: see captions.CaptionRule.
+            templates: sentences around the caption, one drawn each time: "a photo of {caption}".
             background: colour behind transparent pixels.
             max_pixels: larger images are refused unread.
             cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
@@ -131,6 +133,7 @@ class TrainData:
             tokenizer,
             seed=seed,
             captions=captions,
+            templates=templates,
             background=background,
             max_pixels=max_pixels,
             cache_decoded=cache_decoded,
@@ -224,7 +227,9 @@ class TrainData:
             raise DataError(f"cannot continue: {', '.join(changed)}; undo the change or start a new workdir")
         before, today = state.get("images"), now["images"]
         if before and before != today:
-            _log.warning("pictures were made by %s and are now by %s: their last bits may differ", before, today)
+            _log.warning(
+                "pictures were made by %s and are now by %s: their last bits may differ", before, today
+            )
         saved, step = Mixture.from_state(state["mixture"], self.seed), int(state["step"])
         self.mixture = self._continued(saved, step, accept)
         self.close()

@@ -1,7 +1,6 @@
 """Captions to token ids: any Hugging Face tokenizer, fixed length, the ids transformers would give."""
 
 import json
-import logging
 import os
 import pathlib
 import threading
@@ -10,11 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import vocabularies
+from vlmjax.data import vocabularies, words
 from vlmjax.errors import DataError
 
-_log = logging.getLogger(__name__)
-_CACHED_TEXTS = 200_000
 _FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja"
@@ -30,8 +27,10 @@ _ROLES = {
 class Tokenizer:
     """A tokenizer at one length: `tokenizer(["a cat"]) -> {"input_ids", "attention_mask"}`, int32.
 
-    Longer texts are cut as transformers cuts them, which keeps the closing token; `truncated` counts them.
-    Safe to call from many threads: the settings of the underlying tokenizer are fixed when it is built.
+    Ids are those of the `tokenizers` library, got word by word from a memory where that is the same (see
+    `words.Encoder`). Longer texts are cut as transformers cuts them: the opening and closing tokens stay, text goes
+    at the end (or at its start, with `truncation="left"`); `truncated` counts them.
+    Safe to call from many threads.
 
     Attributes:
         max_length: every row has this many ids.
@@ -50,6 +49,7 @@ class Tokenizer:
         eos: int | None,
         pad: int | None,
         side: str = "right",
+        truncation: str = "right",
         files: dict[str, bytes] | None = None,
         hf: Any = None,
     ):
@@ -59,47 +59,77 @@ class Tokenizer:
         """
         self._backend = type(backend).from_str(backend.to_str())
         self._backend.no_padding()
-        self._backend.enable_truncation(max_length)
+        self._backend.no_truncation()
         self.max_length, self.bos_token_id, self.eos_token_id = max_length, bos, eos
         self.pad_token_id = pad if pad is not None else (eos if eos is not None else 0)
         self.vocab_size = max(self._backend.get_vocab(with_added_tokens=True).values()) + 1
-        self._left, self._files, self._hf = side == "left", files or {}, hf
-        self._known: dict[str, tuple[np.ndarray, bool]] = {}
+        self._pad_left, self._cut_left = side == "left", truncation == "left"
+        self._files, self._hf = files or {}, hf
+        self._before, self._after = _around(self._backend)
+        self._encoder = words.Encoder(self._backend)
         self._lock = threading.Lock()
         self.texts = self.truncated = 0
 
     def __call__(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
         """Encode texts: `input_ids` and `attention_mask` (1 on tokens), int32 [len(texts), max_length]."""
-        rows = self._rows(texts)
-        ids = np.full((len(rows), self.max_length), self.pad_token_id, np.int32)
-        mask = np.zeros_like(ids)
-        for row, (tokens, _) in enumerate(rows):
-            place = slice(self.max_length - len(tokens), None) if self._left else slice(0, len(tokens))
-            ids[row, place], mask[row, place] = tokens, 1
+        rows, cut = self.encode_rows(texts)
         with self._lock:
-            self.texts += len(rows)
-            self.truncated += sum(cut for _, cut in rows)
-        return {"input_ids": ids, "attention_mask": mask}
+            self.texts += len(texts)
+            self.truncated += cut
+        return rows
 
-    def _rows(self, texts: Sequence[str]) -> list[tuple[np.ndarray, bool]]:
-        """Ids of each text and whether it was cut. A caption comes back every epoch, so results are kept."""
-        known = self._known
-        found = {text: known[text] for text in texts if text in known}
-        new = [text for text in dict.fromkeys(texts) if text not in found]
-        if new:
-            encoded = self._backend.encode_batch(new)
-            found |= {
-                text: (np.array(one.ids, np.int32), bool(one.overflowing))
-                for text, one in zip(new, encoded, strict=True)
-            }
-            if len(known) + len(new) > _CACHED_TEXTS:
-                self._known = known = {}
-            known |= {text: found[text] for text in new}
-        return [found[text] for text in texts]
+    def encode_rows(self, texts: Sequence[str]) -> tuple[dict[str, np.ndarray], int]:
+        """What a call gives, and how many texts were cut: for workers, whose counters their parent does not see."""
+        parts, cut = self._parts(texts)
+        before, after = self._before, self._after
+        blank = self._blank()
+        if self._pad_left:
+            rows = [b"".join((blank[len(part) :], before, part, after)) for part in parts]
+        else:
+            rows = [b"".join((before, part, after, blank[len(part) :])) for part in parts]
+        ids = np.frombuffer(bytearray().join(rows), "<i4").reshape(len(rows), self.max_length)
+        lengths = self._lengths(parts)[:, None]
+        places = np.arange(self.max_length)
+        mask = places >= self.max_length - lengths if self._pad_left else places < lengths
+        return {"input_ids": ids.astype(np.int32, copy=False), "attention_mask": mask.astype(np.int32)}, cut
+
+    def _room(self) -> int:
+        """Bytes of a row beside the special tokens."""
+        return max(0, 4 * self.max_length - len(self._before) - len(self._after))
+
+    def _blank(self) -> bytes:
+        return np.full(self._room() // 4, self.pad_token_id, "<i4").tobytes()
+
+    def _parts(self, texts: Sequence[str]) -> tuple[list[bytes], int]:
+        """Ids of each text (int32, as bytes), without special tokens, cut at the length; how many were cut."""
+        parts, room = self._encoder(texts), self._room()
+        long = [place for place, part in enumerate(parts) if len(part) > room]
+        for place in long:
+            part = parts[place]
+            parts[place] = part[len(part) - room :] if self._cut_left else part[:room]
+        return parts, len(long)
+
+    def _lengths(self, parts: list[bytes]) -> np.ndarray:
+        around = len(self._before) + len(self._after)
+        return (np.fromiter(map(len, parts), np.int64, len(parts)) + around) // 4
+
+    def lengths(self, texts: Sequence[str]) -> np.ndarray:
+        """How many ids each text has in a row, special tokens included: int64 [len(texts)]. Not counted."""
+        return self._lengths(self._parts(texts)[0])
+
+    def overflow(self, text: str) -> int:
+        """How many ids of a text are cut off. Not counted."""
+        return max(0, len(self._encoder([text])[0]) - self._room()) // 4
+
+    def encode_all(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The ids of each text with its special tokens, cut at the length, not padded: int32 arrays. Not counted."""
+        parts = self._parts(texts)[0]
+        rows = (b"".join((self._before, part, self._after)) for part in parts)
+        return [np.frombuffer(row, "<i4").astype(np.int32) for row in rows]
 
     def encode(self, text: str) -> list[int]:
         """The ids of one text with its special tokens, cut at the length, neither padded nor counted."""
-        return self._rows([text])[0][0].tolist()
+        return self.encode_all([text])[0].tolist()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of some ids, special tokens left out."""
@@ -120,12 +150,24 @@ class Tokenizer:
             pathlib.Path(folder, name).write_bytes(data)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Worker processes fill a cache of their own."""
-        return {name: value for name, value in vars(self).items() if name not in ("_lock", "_known")}
+        """A lock stays in its process."""
+        return {name: value for name, value in vars(self).items() if name != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """A fresh lock and an empty cache."""
-        vars(self).update(state, _lock=threading.Lock(), _known={})
+        """With a lock of its own."""
+        vars(self).update(state, _lock=threading.Lock())
+
+
+def _around(backend: Any) -> tuple[bytes, bytes]:
+    """The special tokens before and after every text: int32 ids, as bytes. Raises DataError."""
+    full, bare = backend.encode("a").ids, backend.encode("a", add_special_tokens=False).ids
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            before, after = full[:start], full[start + len(bare) :]
+            return np.array(before, "<i4").tobytes(), np.array(after, "<i4").tobytes()
+    raise DataError(
+        f"the tokenizer makes {full} of 'a', which does not contain the ids of the text alone, {bare}"
+    )
 
 
 def load(folder_or_id: str | os.PathLike[str], max_length: int = 77) -> Tokenizer:
@@ -193,7 +235,8 @@ def _from_json(path: pathlib.Path, settings: dict[str, Any], max_length: int) ->
     files = {name: (path / name).read_bytes() for name in _FILES if (path / name).is_file()}
     ids = _roles(backend, settings)
     files = _written(backend, ids, max_length) | files  # a bare tokenizer.json lacks its settings
-    return Tokenizer(backend, max_length, **ids, side=side, files=files)
+    truncation = settings.get("truncation_side", "right")
+    return Tokenizer(backend, max_length, **ids, side=side, truncation=truncation, files=files)
 
 
 def _written(backend: Any, ids: dict[str, int | None], max_length: int) -> dict[str, bytes]:
@@ -268,5 +311,6 @@ def _wrap(hf: Any, max_length: int) -> Tokenizer:
         eos=hf.eos_token_id if hf.eos_token_id is not None else hf.sep_token_id,
         pad=hf.pad_token_id,
         side=hf.padding_side,
+        truncation=hf.truncation_side,
         hf=hf,
     )

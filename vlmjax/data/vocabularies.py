@@ -33,7 +33,7 @@ def tiktoken(path: pathlib.Path) -> Any:
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
     except (ValueError, binascii.Error) as error:
         raise DataError(f"{path} is not a file of 'base64 rank' lines: {error}") from error
-    letters = _byte_letters()
+    letters = byte_letters()
     names = {token: "".join(letters[byte] for byte in token) for token in ranks}
     merges = _merges({name: ranks[token] for token, name in names.items()})
     model = models.BPE(vocab={names[token]: rank for token, rank in ranks.items()}, merges=merges)
@@ -95,7 +95,7 @@ def _merges(order: dict[str, Any]) -> list[tuple[str, str]]:
     return out
 
 
-def _byte_letters() -> list[str]:
+def byte_letters() -> list[str]:
     """The printable letter that stands for each byte in byte-level BPE (GPT-2's table)."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in plain]

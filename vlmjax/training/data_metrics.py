@@ -13,15 +13,16 @@ def data_row(data: TrainData, seconds: float) -> dict[str, Any]:
     """The columns of one logged line, over the last `seconds`; called by all processes together.
 
     `data/decode_ms` is the work of the decoding threads per image, `data/megabytes_per_second` what was read encoded,
-    `data/queue` the batches that wait ready (threads only), each of this process. `skipped` counts the records of
-    all processes that could not be used since the run was started; its parts are by reason and, where there are
-    several, by source and host; those by reason and source are of this process.
+    `data/truncated_share` the share of texts that were cut, `data/queue` the batches that wait ready (threads only):
+    each of this process. `skipped` counts the records of all processes that could not be used since the run was
+    started; its parts are by reason and, with several sources, by source (both of this process), and by host.
     """
     work, images = data.work(), data.images_per_batch
     row: dict[str, Any] = {}
     if work["batches"] and seconds > 0:
         row["data/decode_ms"] = 1000 * work["seconds"] / (work["batches"] * images)
         row["data/megabytes_per_second"] = work["bytes"] / 1e6 / seconds
+        row["data/truncated_share"] = work["truncated"] / (work["batches"] * images)
     if "queue" in work:
         row["data/queue"] = work["queue"]
     skips = data.skips

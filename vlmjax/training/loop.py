@@ -73,6 +73,8 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         threads=recipe.data.threads or None,
         processes=recipe.data.processes,
         max_bad_share=recipe.data.max_bad_share,
+        captions=recipe.data.captions,
+        templates=recipe.data.templates,
         background=tuple(recipe.data.background),
         cache_decoded=recipe.data.cache_decoded or None,
     )
