@@ -4,6 +4,11 @@ COMMANDS = {
     "main": "train a recipe         --config=configs/quickstart.py --workdir=runs/quickstart",
     "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
+    "data.stats": "what a source holds    scenes:heldout --limit=200",
+    "data.inspect": "a step's rows, a page  scenes --image-size=64 --out=step.html",
+    "data.index": "index shards           shards/*.tar",
+    "data.convert": "write shards           pairs.jsonl --out=shards",
+    "data.bench": "time the pipeline      scenes --image-size=64",
 }
 
 
@@ -11,7 +16,7 @@ def main() -> None:
     """Print one line per command."""
     print("vlmjax: vision-language pretraining in JAX. Commands (each explains itself with --help):\n")
     for name, use in COMMANDS.items():
-        print(f"  python -m vlmjax.{name:<9} {use}")
+        print(f"  python -m vlmjax.{name:<13} {use}")
 
 
 if __name__ == "__main__":

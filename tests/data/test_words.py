@@ -192,6 +192,7 @@ def test_ids_are_the_tokenizers_own(make, cut):
     encoder._unchecked = 0  # from here on nothing is compared with the tokenizer on the way
     more = random_texts(1500, 2)
     assert ids(encoder(more)) == expected(backend, more)
+    assert encoder.cut == cut, "words were given up on the way"
 
 
 def test_trained_clip_tokenizer(tmp_path):

@@ -131,12 +131,12 @@ class Tokenizer:
         """The ids of one text with its special tokens, cut at the length, neither padded nor counted."""
         return self.encode_all([text])[0].tolist()
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """Text of some ids, special tokens left out."""
         text = self._backend.decode([int(i) for i in ids], skip_special_tokens=True)
         return text.replace("</w>", " ").strip()
 
-    def tokens(self, ids: Sequence[int]) -> list[str]:
+    def tokens(self, ids: Sequence[int] | np.ndarray) -> list[str]:
         """The vocabulary entries of some ids."""
         return [self._backend.id_to_token(int(i)) or "" for i in ids]
 

@@ -238,8 +238,10 @@ def _agrees(encoder: Encoder, cut: Cut) -> Callable[[str, bytes], bool]:
 
 
 def _crossing_texts(backend: Any) -> list[str]:
-    """Texts of vocabulary entries in which a space follows something else."""
+    """Texts of vocabulary entries in which a space follows something else, at their ends too."""
     inner = re.compile(r"[^\sĠ▁ĉĊčł][Ġ▁ ]")
     vocabulary: Iterable[tuple[str, int]] = backend.get_vocab(with_added_tokens=False).items()
     found = sorted((entry for entry in vocabulary if inner.search(entry[0])), key=operator.itemgetter(1))
-    return [backend.decode([i], skip_special_tokens=False) for _, i in found[:_CROSSING]]
+    texts = [backend.decode([i], skip_special_tokens=False) for _, i in found[:_CROSSING]]
+    texts += [entry.replace("Ġ", " ").replace("▁", " ") for entry, _ in found[:_CROSSING]]
+    return [text + end for text in texts for end in ("", "a")]
