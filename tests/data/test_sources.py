@@ -1,13 +1,31 @@
 """What a recipe's data line opens: patterns, tables, folders, mixtures, filters, and the errors."""
 
 import json
+import pickle
 
+import numpy as np
 import pytest
 from helpers import caption, encoded, picture, shard
 
-from vlmjax.data import files
-from vlmjax.data.sources import Source, open_source, split_spec
+from vlmjax.data import files, folder, kinds
+from vlmjax.data.record import Record
+from vlmjax.data.sources import (
+    Concat,
+    Source,
+    captions_of,
+    image_sizes,
+    key_of,
+    open_source,
+    open_sources,
+    split_spec,
+)
 from vlmjax.errors import BadRecord, DataError
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path_factory, monkeypatch):
+    """Indexes made on first use stay inside the test."""
+    monkeypatch.setenv("VLMJAX_CACHE", str(tmp_path_factory.mktemp("cache")))
 
 
 def test_braces():
@@ -192,3 +210,93 @@ def test_scenes():
 def test_reference_table(shared_path):
     source = open_source(str(shared_path("data/clip_pairs")))
     assert len(source) == 8 and source[1].captions == ("a facial photo of a tabby cat",)
+
+
+def test_one_source_for_each_part(tmp_path):
+    shard(tmp_path / "a.tar", 0, 4)
+    shard(tmp_path / "b.tar", 4, 3)
+    sources = open_sources(f"{tmp_path}/a.tar,{tmp_path}/b.tar")
+    assert [len(source) for source in sources] == [4, 3] and sources[1].name == f"{tmp_path}/b.tar"
+    sources = open_sources((f"{tmp_path}/a.tar", "scenes"), exclude="000003", image_size=32)
+    assert len(sources[0]) == 3 and sources[1].name.startswith("scenes")
+    assert len(open_sources(f"{tmp_path}/a.tar,{tmp_path}/b.tar", exclude="00000[0-3]")) == 1
+
+
+def test_the_same_file_twice_is_refused(tmp_path):
+    for name in "abc":
+        shard(tmp_path / f"{name}.tar", 0, 2)
+    (tmp_path / "link.tar").symlink_to(tmp_path / "a.tar")
+    here = str(tmp_path)
+    for spec in (f"{here}/a.tar,{here}/a.tar", f"{here}/{{a,b}}.tar,{here}/link.tar", f"{here}/{{a,a}}.tar"):
+        with pytest.raises(DataError, match=r"a\.tar is in .*name each file once"):
+            open_source(spec)
+    with pytest.raises(DataError, match="'scenes' twice"):
+        open_source("scenes,scenes")
+
+
+def test_files_of_several_kinds_and_of_none(tmp_path):
+    shard(tmp_path / "a.tar", 0, 2)
+    (tmp_path / "b.parquet").write_bytes(b"")
+    with pytest.raises(DataError, match=r"several kinds \(parquet, tar\)"):
+        open_source(f"{tmp_path}/*")
+    kinds_of = {
+        "x.tar.gz": "tar", "x-train.tfrecord-00000-of-00010": "TFRecord", "x.tfrecords.gz": "TFRecord",
+        "x.array_record-00000-of-00001": "ArrayRecord", "x.arrayrecord": "ArrayRecord", "x.JSONL": "table",
+        "gs://b/x.tar?generation=1": "tar", "x.arrow": "Arrow", "x.tar.index": None, "x": None, "tfrecord": None,
+    }  # fmt: skip
+    assert {name: kinds.kind_of(name) for name in kinds_of} == kinds_of
+
+
+class Blocks:
+    """A source that only knows its blocks and what it was asked to prepare."""
+
+    def __init__(self, name: str, count: int, ends: list[int] | None):
+        self.name = self.fingerprint = name
+        self.count, self.asked = count, []
+        if ends is not None:
+            self.blocks = np.array(ends, np.int64)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, i: int) -> Record:
+        return Record(f"{self.name}{i}", b"", ())
+
+    def prepare(self, indices) -> None:
+        self.asked += np.asarray(indices).tolist()
+
+
+def test_blocks_of_several_parts_and_of_some_rows():
+    a, b, c = Blocks("a", 5, [2, 5]), Blocks("b", 4, None), Blocks("c", 3, [3])
+    both = Concat([a, b, c])
+    assert both.blocks.tolist() == [2, 5, 9, 12] and Concat([b]).blocks is None
+    both.prepare([11, 4, 6, 0])
+    assert (a.asked, b.asked, c.asked) == ([4, 0], [1], [2]) and both.column("width") is None
+    rows = np.array([0, 3, 4, 9, 11])
+    part = folder.Subset(both, rows)
+    # The oracle: the block of each row, and where it changes.
+    of = [int(np.searchsorted(both.blocks, row, side="right")) for row in rows]
+    ends = [i + 1 for i in range(len(of)) if i + 1 == len(of) or of[i] != of[i + 1]]
+    assert part.blocks.tolist() == ends == [1, 3, 5]
+    part.prepare([4])
+    assert c.asked == [2, 2] and folder.Subset(both, rows[::-1]).blocks is None
+    assert folder.Subset(both, rows[1:]).blocks.tolist() == [2, 4]
+
+
+@pytest.mark.slow
+def test_every_folder_of_the_reference_data_opens(shared_path, tmp_path):
+    expected = {"webdataset": 190, "nlvr": 700, "emoji": 5085, "caltech101": 1400, "clip_pairs": 8}
+    for name, count in expected.items():
+        source = pickle.loads(pickle.dumps(open_source(str(shared_path("data") / name), cache=str(tmp_path))))
+        bad = 0
+        for i in range(0, len(source), 7):
+            try:
+                assert image_sizes(source, [i]).min() > 0 or not source[i].image
+                assert source[i].key == key_of(source, i)
+                assert source[i].captions == captions_of(source, i)
+            except BadRecord as error:
+                assert name == "webdataset" and error.reason == "no_image"  # msgpack alone
+                bad += 1
+        assert len(source) == count and bad == (15 if name == "webdataset" else 0), (name, bad)
+    weird = str(shared_path("data/weird_images"))
+    assert len(open_source(weird, image_column="file", caption_columns="pil_format")) == 50

@@ -1,25 +1,21 @@
-"""Files as sources see them: patterns to paths, a local cache for remote and gzipped ones, shared reads."""
+"""Files as sources see them: patterns to paths, the folder of the cache, positioned reads shared by threads."""
 
-import contextlib
 import difflib
 import glob
-import gzip
-import hashlib
+import logging
 import os
 import pathlib
 import re
-import shutil
-import tempfile
 import threading
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
-from typing import IO, Any
 
+from vlmjax.data import remote
 from vlmjax.errors import DataError
 
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
+LOG = logging.getLogger(__name__)
 _OPEN_FILES = 256  # well under the usual limit of 1,024 per process
 
 
@@ -72,8 +68,7 @@ def _match(path: str, pattern: str) -> list[str]:
             return [path]
         found = sorted(glob.glob(path, recursive=True))
     elif glob.has_magic(path.split("?")[0]):
-        filesystem, inner = _filesystem(path)
-        found = [filesystem.unstrip_protocol(name) for name in sorted(filesystem.glob(inner))]
+        found = remote.glob(path)
     else:
         return [path]
     if not found:
@@ -97,86 +92,11 @@ def _nearby(path: str) -> str:
     return f"{folder} holds {len(names)} entries, such as {', '.join(best)}"
 
 
-def localize(path: str, cache: str | os.PathLike[str] | None = None) -> str:
-    """A local, uncompressed, seekable file with the contents of `path`.
-
-    Remote files are downloaded whole and gzipped ones unpacked, once, into the cache. The copy is named after
-    path, size and time of change, so a changed shard gets a new copy, and it appears under that name only
-    when complete, so a killed process leaves no half file that another would read.
-
-    Raises:
-        DataError: unreachable, damaged gzip, or no room in the cache.
-    """
-    if is_remote(path):
-        path = _download(path, cache)
-    if not path.endswith((".gz", ".tgz")):
-        return path
-    path = os.path.abspath(path)
-    stat = os.stat(path)
-    target = _cache_name(path, f"{stat.st_size}|{stat.st_mtime_ns}", cache)
-    return _fill(target, path, lambda: gzip.open(path, "rb"))
-
-
-def _download(url: str, cache: str | os.PathLike[str] | None) -> str:
-    filesystem, inner = _filesystem(url)
-    try:
-        info = filesystem.info(inner)
-    except (OSError, ValueError, ImportError) as error:
-        raise DataError(f"cannot reach {url}: {error}") from error
-    version = "|".join(str(info.get(name)) for name in ("size", "mtime", "ETag", "etag", "md5Hash"))
-    return _fill(_cache_name(url, version, cache), url, lambda: filesystem.open(inner, "rb"))
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    try:
-        import fsspec
-
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        scheme = url.split("://")[0]
-        raise DataError(
-            f"cannot read {url}: install fsspec and its driver for {scheme}:// ({error})"
-        ) from error
-
-
-def _cache_name(path: str, version: str, cache: str | os.PathLike[str] | None) -> pathlib.Path:
-    digest = hashlib.sha256(f"{path}|{version}".encode()).hexdigest()[:16]
-    name = path.rstrip("/").rsplit("/", 1)[-1].split("?")[0]
-    if not is_remote(path):
-        name = name.removesuffix(".gz").replace(".tgz", ".tar")
-    return cache_folder(cache) / "shards" / f"{digest}-{name}"
-
-
-def _fill(target: pathlib.Path, name: str, opener: Callable[[], Any]) -> str:
-    """Copy a stream to `target` unless it is there; rename last, so that the name means complete."""
-    if target.exists():
-        return str(target)
-    temporary = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".", suffix=".part")
-        with os.fdopen(descriptor, "wb") as out, opener() as stream:
-            _copy(stream, out)
-        os.replace(temporary, target)
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot bring {name} into the cache {target.parent}: {error}") from error
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(temporary)
-    return str(target)
-
-
-def _copy(stream: Any, out: IO[bytes]) -> None:
-    shutil.copyfileobj(stream, out, 1 << 20)
-    out.flush()
-
-
 class _Descriptor:
     """An open file that closes itself when the last reader lets go of it, which may be after its eviction."""
 
     def __init__(self, path: str):
-        self.number = os.open(path, os.O_RDONLY)
+        self.number, self.used = os.open(path, os.O_RDONLY), False
 
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         if hasattr(self, "number"):
@@ -187,21 +107,27 @@ class Reader:
     """Positioned reads from many files by many threads, with a bounded number of files open."""
 
     def __init__(self, limit: int = _OPEN_FILES):
-        """`limit` files stay open; the one unused longest is closed first."""
+        """`limit` files stay open; one not read from lately is closed first."""
         self._limit, self._lock = limit, threading.Lock()
         self._open: OrderedDict[str, _Descriptor] = OrderedDict()
 
     def read(self, path: str, offset: int, size: int) -> bytes:
         """`size` bytes at `offset`, fewer only where the file ends. Raises OSError."""
-        with self._lock:
-            handle = self._open.get(path)
-            if handle is None:
-                handle = self._open[path] = _Descriptor(path)
-                if len(self._open) > self._limit:
-                    self._open.popitem(last=False)
-            else:
-                self._open.move_to_end(path)
+        handle = self._open.get(path) or self._opened(path)
+        handle.used = True
         return os.pread(handle.number, size, offset)
+
+    def _opened(self, path: str) -> _Descriptor:
+        with self._lock:
+            handle = self._open.setdefault(path, _Descriptor(path))
+            while len(self._open) > self._limit:  # second chance: those read from since the last look stay
+                name, oldest = next(iter(self._open.items()))
+                if oldest.used or oldest is handle:
+                    oldest.used = False
+                    self._open.move_to_end(name)
+                else:
+                    del self._open[name]
+        return handle
 
     def __getstate__(self) -> dict[str, int]:
         """Worker processes open files of their own."""

@@ -11,16 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import files
+from vlmjax.data import files, rows, shards
+from vlmjax.data.fields import IMAGE_EXTENSIONS, captions_of, parse_json, tidy
 from vlmjax.data.record import Record
-from vlmjax.data.webdataset import IMAGE_EXTENSIONS, captions_of, tidy
 from vlmjax.errors import BadRecord, DataError
 
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
-IMAGE_COLUMNS = (
-    "image image_path file_name filename filepath file_path path file img image_file picture".split()
-)
-CAPTION_COLUMNS = "caption captions text texts sentence sentences title description alt_text".split()
 _PREFERRED = ("metadata", "captions", "data", "index", "train")
 
 
@@ -43,9 +39,10 @@ def open_folder(folder: str, **options: Any) -> "TableSource | PairFolder":
 
 
 class TableSource:
-    """Rows of a jsonl, json, csv or tsv file, each with the path of an image and its caption or captions.
+    """Rows of a jsonl, json, csv or tsv file, each with the path of an image and what belongs to it.
 
-    Paths are relative to the table's folder (or to `root`). Columns are found by their usual names; say which
+    Pairs (image, captions), LLaVA conversations and interleaved documents are told apart by their columns, see
+    `rows`. Paths are relative to the table's folder (or to `root`). Columns are found by their usual names; say which
     when yours are called otherwise. `record.extra` is the rest of the row.
     """
 
@@ -57,6 +54,7 @@ class TableSource:
         caption_columns: Sequence[str] | str | None = None,
         root: str | None = None,
         name: str = "",
+        cache: str | None = None,
     ):
         """Read the table (not the images).
 
@@ -64,20 +62,24 @@ class TableSource:
             DataError: empty, damaged, or without the columns wanted (the message lists those there are).
         """
         self.path, self.name = path, name or path
-        self._root = root or os.path.dirname(os.path.abspath(path))
-        rows = _read_json_lines(path) if path.lower().endswith((".jsonl", ".json")) else _read_delimited(path)
-        if not rows:
-            raise DataError(f"{path} has no rows")
-        first = next((row for row in rows if isinstance(row, dict)), {})
-        wanted = [caption_columns] if isinstance(caption_columns, str) else list(caption_columns or ())
-        self._image = _column(
-            path, first, [image_column] if image_column else IMAGE_COLUMNS, "an image", "image_column"
+        local = shards.localize(path, cache)
+        parent = (
+            path.split("?")[0].rpartition("/")[0]
+            if files.is_remote(path)
+            else os.path.dirname(os.path.abspath(path))
         )
-        self._captions = wanted or [_column(path, first, CAPTION_COLUMNS, "a caption", "caption_columns")]
-        for column in self._captions:
-            _column(path, first, [column], "a caption", "caption_columns")
-        self._rows = rows
-        with open(path, "rb") as data:
+        self._load = rows.Loader(root or parent, cache)
+        found = (
+            _read_json_lines(local) if local.lower().endswith((".jsonl", ".json")) else _read_delimited(local)
+        )
+        if not found:
+            raise DataError(f"{path} has no rows")
+        first = next((row for row in found if isinstance(row, dict)), {})
+        self._layout = rows.find_layout(
+            path, first, image_column=image_column, caption_columns=caption_columns
+        )
+        self._rows = found
+        with open(local, "rb") as data:
             self.fingerprint = hashlib.file_digest(data, "sha256").hexdigest()[:16]
 
     def __len__(self) -> int:
@@ -85,25 +87,30 @@ class TableSource:
         return len(self._rows)
 
     def key(self, i: int) -> str:
-        """The `key` column of row i, or its image path."""
+        """The `key` (or `id`) column of row i, or its image path."""
         row = self._rows[i]
         if not isinstance(row, dict):
             return f"row {i + 1}"
-        return str(row.get("key") or row.get(self._image) or f"row {i + 1}")
+        image, other = row.get(self._layout.image), row.get(self._layout.key)
+        if self._layout.key != "key" and self._layout.kind == "pairs":
+            other = (
+                image  # an id may repeat in tables of captions; the path of the image is what people look for
+            )
+        return str(other) if isinstance(other, (str, int)) and other != "" else f"row {i + 1}"
+
+    def captions_at(self, i: int) -> tuple[str, ...]:
+        """The captions of row i, without its image. Raises BadRecord."""
+        if self._layout.kind != "pairs" or not isinstance(self._rows[i], dict):
+            return self[i].captions
+        row = self._rows[i]
+        return tidy([text for column in self._layout.captions for text in captions_of(row.get(column))])
 
     def __getitem__(self, i: int) -> Record:
         """Row i with its image's bytes. Raises BadRecord for a bad row or a missing image."""
         row, key = self._rows[i], self.key(i)
         if not isinstance(row, dict):
             raise BadRecord("bad_row", key, str(row)[:80])
-        place = row.get(self._image)
-        if not isinstance(place, str) or not place:
-            raise BadRecord("no_image", key, f"column {self._image} is {place!r}")
-        captions = [text for column in self._captions for text in captions_of(row.get(column))]
-        extra = {
-            name: value for name, value in row.items() if name != self._image and name not in self._captions
-        }
-        return Record(key, _read(os.path.join(self._root, place), key), tidy(captions), extra)
+        return rows.record(row, key, self._layout, self._load)
 
 
 class PairFolder:
@@ -112,6 +119,7 @@ class PairFolder:
     def __init__(self, folder: str, *, name: str = ""):
         """List the folder. Raises DataError when there is no image in it."""
         self.name, self._folder = name or folder, folder
+        self._load = rows.Loader(folder)
         self._images = sorted(
             os.path.relpath(os.path.join(where, file), folder)
             for where, _, found in os.walk(folder)
@@ -138,43 +146,17 @@ class PairFolder:
 
     def __getitem__(self, i: int) -> Record:
         """Image i and what is written beside it. Raises BadRecord when it cannot be read."""
+        return Record(self.key(i), self._load(self._images[i], self.key(i)), self.captions_at(i))
+
+    def captions_at(self, i: int) -> tuple[str, ...]:
+        """The captions of image i, without its pixels. Raises BadRecord."""
         key, captions = self.key(i), []
         stem = os.path.join(self._folder, key)
         if os.path.exists(stem + ".txt"):
-            captions.append(_read(stem + ".txt", key).decode("utf-8", "replace"))
+            captions.append(self._load.read(key + ".txt", key).decode("utf-8", "replace"))
         if os.path.exists(stem + ".json"):
-            try:
-                captions += captions_of(json.loads(_read(stem + ".json", key)))
-            except ValueError as error:
-                raise BadRecord("bad_json", key, str(error)) from error
-        return Record(key, _read(os.path.join(self._folder, self._images[i]), key), tidy(captions))
-
-
-def _read(path: str, key: str) -> bytes:
-    try:
-        if files.is_remote(path):
-            path = files.localize(path)
-        with open(path, "rb") as data:
-            return data.read()
-    except FileNotFoundError as error:
-        raise BadRecord("missing_file", key, path) from error
-    except (OSError, DataError) as error:
-        raise BadRecord("unreadable_file", key, str(error)) from error
-
-
-def _column(path: str, row: dict[str, Any], names: Sequence[str], what: str, option: str) -> str:
-    """The first of `names` that the table has; case does not matter unless two columns differ in it."""
-    folded = {str(column).strip().lower(): column for column in row}
-    for name in names:
-        if name in row:
-            return name
-        if name.lower() in folded:
-            return folded[name.lower()]
-    have, wanted = ", ".join(map(str, row)) or "none", ", ".join(names)
-    raise DataError(
-        f"{path} has no column for {what}: looked for {wanted}; it has {have}; rename its column, or in Python "
-        f"name it with {option}"
-    )
+            captions += captions_of(parse_json(self._load.read(key + ".json", key), key))
+        return tidy(captions)
 
 
 def _read_json_lines(path: str) -> list[Any]:
@@ -232,11 +214,16 @@ class Subset:
     """Some rows of another source, in the order given."""
 
     def __init__(self, source: Any, rows: np.ndarray):
-        """`rows` are indices into `source`."""
+        """`rows` are indices into `source`; where they ascend, its blocks go on to count."""
         self._source, self._rows = source, rows
         self.name = source.name
         digest = hashlib.sha256(f"{source.fingerprint}|{len(rows)}".encode() + rows.astype("<i8").tobytes())
         self.fingerprint = digest.hexdigest()[:16]
+        ends = getattr(source, "blocks", None)
+        ascending = ends is not None and bool((np.diff(rows) > 0).all())
+        self.blocks = np.unique(np.searchsorted(rows, ends)) if ascending else None
+        if self.blocks is not None and self.blocks[0] == 0:
+            self.blocks = self.blocks[1:]
 
     def __len__(self) -> int:
         """Number of rows kept."""
@@ -245,6 +232,23 @@ class Subset:
     def key(self, i: int) -> str:
         """The key of row i, without reading it."""
         return self._source.key(int(self._rows[i]))
+
+    def captions_at(self, i: int) -> tuple[str, ...]:
+        """The captions of row i."""
+        captions, row = getattr(self._source, "captions_at", None), int(self._rows[i])
+        return captions(row) if captions else self._source[row].captions
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of the index of the source, where it has one."""
+        column = getattr(self._source, "column", None)
+        values = column(name) if column else None
+        return None if values is None else values[self._rows]
+
+    def prepare(self, indices: Any) -> None:
+        """Begin to download what these rows are in."""
+        prepare = getattr(self._source, "prepare", None)
+        if prepare:
+            prepare(self._rows[np.asarray(indices)])
 
     def __getitem__(self, i: int) -> Record:
         """Row i."""

@@ -8,20 +8,24 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlmjax.data import files, folder
+from vlmjax.data import arrow, files, folder, image_header, kinds, parquet, tfds
 from vlmjax.data.folder import Subset
 from vlmjax.data.record import Record
 from vlmjax.data.scenes import Scenes, open_scenes
-from vlmjax.data.webdataset import TarSource
-from vlmjax.errors import DataError
+from vlmjax.errors import BadRecord, DataError
 
-TAR_ENDINGS = (".tar", ".tar.gz", ".tgz")
 Specification = str | Sequence[str]
 
 
 @runtime_checkable
 class Source(Protocol):
-    """Examples by number. Equal `fingerprint`s mean the same data; reading may raise BadRecord."""
+    """Examples by number. Equal `fingerprint`s mean the same data; reading may raise BadRecord.
+
+    A source may also have `key(i)` and `captions_at(i)`, which read less than the whole example; `blocks`, int64 ends
+    of the runs of examples that are near each other, where reading at random is dear; `prepare(indices)`, which
+    begins to fetch what these examples are in; and `column(name)`, what its index knows of every example. Every
+    source can be pickled and opens its files anew in another process.
+    """
 
     name: str
     fingerprint: str
@@ -34,15 +38,44 @@ class Source(Protocol):
 
 
 class Concat:
-    """Several sources one after the other."""
+    """Several sources one after the other.
+
+    Attributes:
+        blocks: as in `Source`; of a part without blocks the whole is one.
+    """
 
     def __init__(self, sources: Sequence[Source]):
         """The order of `sources` is part of the fingerprint."""
         self._sources = list(sources)
         self._ends = np.cumsum([len(source) for source in self._sources])
         self.name = " + ".join(source.name for source in self._sources)
+        self.blocks = self._join_blocks()
         joined = "|".join(source.fingerprint for source in self._sources)
         self.fingerprint = hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+    def _join_blocks(self) -> np.ndarray | None:
+        ends = [getattr(source, "blocks", None) for source in self._sources]
+        if all(end is None for end in ends):
+            return None
+        first, out = 0, []
+        for source, end in zip(self._sources, ends, strict=True):
+            out.append(first + (np.array([len(source)]) if end is None else end))
+            first += len(source)
+        return np.concatenate(out).astype(np.int64)
+
+    def prepare(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Begin to fetch what these examples are in, part by part."""
+        indices = np.asarray(indices, np.int64)
+        which = np.searchsorted(self._ends, indices, side="right")
+        for part in dict.fromkeys(which.tolist()):
+            prepare = getattr(self._sources[part], "prepare", None)
+            if prepare:
+                prepare(indices[which == part] - (int(self._ends[part - 1]) if part else 0))
+
+    def column(self, name: str) -> np.ndarray | None:
+        """A column of the parts' indexes, None unless all have it."""
+        columns = [getattr(source, "column", lambda name: None)(name) for source in self._sources]
+        return None if any(values is None for values in columns) else np.concatenate(columns)
 
     def __len__(self) -> int:
         """Number of examples in all."""
@@ -91,43 +124,29 @@ def captions_of(source: Source, i: int) -> tuple[str, ...]:
     return captions(i) if callable(captions) else source[i].captions
 
 
-def open_source(
-    spec: Specification,
-    *,
-    seed: int = 0,
-    image_size: int | Sequence[int] = 64,
-    exclude: str | None = None,
-    keep: Callable[[str], bool] | None = None,
-    image_column: str | None = None,
-    caption_columns: Sequence[str] | str | None = None,
-    image_root: str | None = None,
-    cache: str | None = None,
-) -> Source:
-    """Open what a recipe calls its data.
+def image_sizes(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:
+    """(width, height) of examples' images upright, without decoding: int64 [n, 2], zeros where it cannot be told.
 
-    Args:
-        spec: one of, or several in a tuple or separated by commas (then one after the other):
-            `scenes`, `scenes:heldout`, `scenes:train:full`: the drawn world, see `open_scenes`;
-            `x-{00000..01242}.tar`, `x-*.tar.gz`, `gs://.../x.tar`: webdataset shards;
-            `table.jsonl`, `.csv`, `.tsv`: image paths with captions;
-            a folder: its shards, its table, or its images with text files beside them.
-        seed, image_size: for the drawn scenes; of (height, width) the larger counts, scenes are square.
-        exclude: a regular expression; examples whose key it matches (`re.search`) are left out. Not applied to
-            drawn scenes, nor is `keep`: their keys say nothing.
-        keep: examples for whose key it returns false are left out.
-        image_column, caption_columns, image_root: for tables whose columns have unusual names.
-        cache: where shards are unpacked and downloaded; see `files.cache_folder`.
-
-    Returns:
-        A source with at least one example.
-
-    Raises:
-        DataError: nothing there, unreadable, or nothing left after `exclude` and `keep`.
+    From the source's index where it has one, else from the images' headers, for which the examples are read.
     """
-    table = {"image_column": image_column, "caption_columns": caption_columns, "image_root": image_root}
-    return together(
-        open_sources(spec, seed=seed, image_size=image_size, exclude=exclude, keep=keep, cache=cache, **table)
-    )
+    column = getattr(source, "column", None)
+    known = [column(name) for name in ("width", "height")] if column else [None]
+    if all(values is not None for values in known):
+        return np.stack([values[np.asarray(indices)] for values in known], axis=-1).astype(np.int64)
+    return np.array([_size_of(source, int(i)) for i in indices], np.int64).reshape(-1, 2)
+
+
+def _size_of(source: Source, i: int) -> tuple[int, int]:
+    try:
+        image = source[i].image
+    except BadRecord:  # it is skipped and counted when its turn comes
+        return 0, 0
+    return image.shape[1::-1] if isinstance(image, np.ndarray) else image_header.size(image) or (0, 0)
+
+
+def open_source(spec: Specification, **options: Any) -> Source:
+    """Open what a recipe calls its data, several parts one after the other. See `open_sources`."""
+    return together(open_sources(spec, **options))
 
 
 def open_sources(
@@ -142,13 +161,39 @@ def open_sources(
     image_root: str | None = None,
     cache: str | None = None,
 ) -> list[Source]:
-    """Like `open_source`, with each part of `spec` a source of its own, for a mixture."""
+    """Open each part of what a recipe calls its data.
+
+    Args:
+        spec: one of, or several in a tuple or separated by commas:
+            `scenes`, `scenes:heldout`, `scenes:train:full`: the drawn world, see `open_scenes`;
+            `x-{00000..01242}.tar`, `x-*.tar.gz`, `gs://.../x.tar`: webdataset shards;
+            `x.array_record`, `x.tfrecord`, `x.parquet`, `x.arrow`: shards of those kinds, in the same ways;
+            `tfds:NAME[:SPLIT]`: a dataset that TFDS has prepared;
+            `table.jsonl`, `.json`, `.csv`, `.tsv`: image paths with captions, LLaVA conversations, or interleaved
+            documents;
+            a folder: what TFDS or `datasets` saved there, its shards, its table, or its images with text files
+            beside them.
+        seed, image_size: for the drawn scenes; of (height, width) the larger counts, scenes are square.
+        exclude: a regular expression; examples whose key it matches (`re.search`) are left out. Not applied to
+            drawn scenes, nor is `keep`: their keys say nothing.
+        keep: examples for whose key it returns false are left out.
+        image_column, caption_columns, image_root: for data whose columns have unusual names.
+        cache: where shards are unpacked and downloaded, and indexes kept; see `files.cache_folder`.
+
+    Returns:
+        A source for each part, in order, each with at least one example; parts that `exclude` and `keep` leave empty
+        are left out.
+
+    Raises:
+        DataError: nothing there, unreadable, the same file in two parts, or nothing left after `exclude` and `keep`.
+    """
     parts = [part for entry in ([spec] if isinstance(spec, str) else spec) for part in split_spec(entry)]
     if not parts:
         raise DataError("no data given: name shards, a table, a folder, or 'scenes'")
     table = {"image_column": image_column, "caption_columns": caption_columns, "root": image_root}
     side = image_size if isinstance(image_size, int) else max(image_size)
-    sources = [_open_part(part, seed, side, table, cache) for part in parts]
+    seen: dict[str, str] = {}
+    sources = [_open_part(part, seed, side, table, cache, seen) for part in parts]
     return _filtered(sources, exclude, keep)
 
 
@@ -164,27 +209,49 @@ def split_spec(spec: str) -> list[str]:
     return [part.strip() for part in parts if part.strip()]
 
 
-def _open_part(part: str, seed: int, image_size: int, table: dict[str, Any], cache: str | None) -> Source:
+def _open_part(
+    part: str, seed: int, image_size: int, table: dict[str, Any], cache: str | None, seen: dict[str, str]
+) -> Source:
     if part == "scenes" or part.startswith("scenes:"):
+        _note(part, part, seen)
         return open_scenes(part, seed=seed, image_size=image_size)
+    if part.startswith(tfds.PREFIX):
+        _note(part, part, seen)
+        return tfds.open_tfds(part, **table, cache=cache)
     paths = files.find(part)
+    for path in paths:
+        _note(path if files.is_remote(path) else os.path.realpath(path), part, seen)
     if len(paths) == 1 and os.path.isdir(paths[0]):
-        shards = [path for path in _listing(paths[0]) if path.endswith(TAR_ENDINGS)]
-        if not shards:
-            return folder.open_folder(paths[0], **table)
-        paths = shards
-    if all(path.endswith(TAR_ENDINGS) for path in paths):
-        return TarSource(paths, name=part, cache=cache)
-    tables = [files.localize(path, cache) for path in paths if path.lower().endswith(folder.TABLES)]
-    if len(tables) == len(paths):
-        opened = [folder.TableSource(path, **table) for path in tables]
-        return opened[0] if len(opened) == 1 else Concat(opened)
-    odd = next(
-        path for path in paths if not path.endswith(TAR_ENDINGS) and not path.lower().endswith(folder.TABLES)
-    )
-    raise DataError(
-        f"{odd}: not a kind of data; expected {', '.join(TAR_ENDINGS + folder.TABLES)} or a folder"
-    )
+        if tfds.is_dataset(paths[0]):
+            return tfds.open_tfds(paths[0], **table, cache=cache)
+        paths = _shards_of(paths[0])
+        if not paths:
+            return folder.open_folder(files.find(part)[0], **table)
+    if len(paths) > 1 and all(kinds.kind_of(path) == "table" for path in paths):
+        return Concat([folder.TableSource(path, cache=cache, **table) for path in paths])
+    return kinds.open_shards(paths, name=part, cache=cache, **table)
+
+
+def _note(path: str, part: str, seen: dict[str, str]) -> None:
+    """Refuse a path met before: its examples would be seen twice as often without anybody having said so."""
+    if path in seen:
+        other = f"both {seen[path]!r} and {part!r}" if seen[path] != part else f"{part!r} twice"
+        raise DataError(
+            f"{path} is in {other}: name each file once; to see one source more often, give it a weight"
+        )
+    seen[path] = part
+
+
+def _shards_of(path: str) -> list[str]:
+    """The shards in a folder: of `datasets`, tars, or one of the other kinds; none where it holds other things."""
+    if arrow.is_dataset(path):
+        return arrow.files_of(path)
+    inside = _listing(path)
+    for kind in ("tar", "ArrayRecord", "TFRecord", "Arrow"):
+        found = [file for file in inside if kinds.kind_of(file) == kind]
+        if found:
+            return found
+    return parquet.files_of(path)
 
 
 def _listing(path: str) -> list[str]:

@@ -1,0 +1,229 @@
+"""The files behind a source, by number: local as they are, gzipped and remote ones through the bounded cache."""
+
+import functools
+import gzip
+import hashlib
+import os
+import threading
+import zlib
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from vlmjax.data import files, remote, shard_index
+from vlmjax.data.samples import Samples
+from vlmjax.data.shard_cache import Copy, limit_from_environment, shared_cache
+from vlmjax.data.shard_index import ShardIndex
+from vlmjax.errors import BadRecord, DataError
+
+_AHEAD_THREADS = 4
+_THREADS = 16
+
+
+def localize(path: str, cache: str | os.PathLike[str] | None = None) -> str:
+    """A local, uncompressed, seekable file with the contents of `path`.
+
+    Raises:
+        DataError: unreachable, damaged gzip, or no room in the cache.
+    """
+    return Shards([path], cache).file(0)[0]
+
+
+class Shards:
+    """Some files that are read by number, at any place, from any thread; a process that gets a copy reopens them.
+
+    Remote files are downloaded whole and gzipped ones unpacked, once, into the cache. The copy is named after path,
+    size and version, so a changed shard gets a new copy.
+
+    Attributes:
+        paths: as the user gave them.
+        remote: whether any is not on this machine, so that reading at random is dear.
+    """
+
+    def __init__(self, paths: Sequence[str], cache: str | os.PathLike[str] | None = None):
+        """Asks what the remote files are; downloads nothing.
+
+        Raises:
+            DataError: a file that cannot be reached or is not there.
+        """
+        self.paths = list(paths)
+        self.folder = files.cache_folder(cache)
+        self._cache = shared_cache(str(self.folder / "shards"), limit_from_environment())
+        far = [path for path in self.paths if files.is_remote(path)]
+        self.remote = bool(far)
+        about = dict(zip(far, remote.infos(far), strict=True))
+        missing = [path for path, info in about.items() if info is None]
+        if missing:
+            raise DataError(
+                f"cannot reach {missing[0]}: there is no such file"
+                + (f" (nor {len(missing) - 1} others of {len(far)})" if len(missing) > 1 else "")
+            )
+        self._about = [about.get(path) for path in self.paths]
+        self._names = [self._name(i) for i in range(len(self.paths))]
+        self._ahead: _Ahead | None = None
+
+    def _name(self, i: int) -> str | None:
+        """What the copy in the cache is called; None for files that need none."""
+        path, about = self.paths[i], self._about[i]
+        if about is None:
+            if not _is_gzipped(path):
+                return None
+            path = os.path.abspath(path)
+            try:
+                stat = os.stat(path)
+            except OSError as error:
+                raise DataError(f"cannot read {path}: {error}") from error
+            version = f"{stat.st_size}|{stat.st_mtime_ns}"
+        else:
+            version = about.version
+        digest = hashlib.sha256(f"{path}|{version}".encode()).hexdigest()[:16]
+        name = path.rstrip("/").rsplit("/", 1)[-1].split("?")[0]
+        return f"{digest}-{_plain(name)}"
+
+    def _copy(self, i: int, keep: set[str] | None = None, hold: bool = False) -> Copy:
+        path, about = self.paths[i], self._about[i]
+        try:
+            size = os.path.getsize(path) if about is None else about.size or 0
+            name, fill = self._names[i], functools.partial(self._fill, i)
+            return self._cache.hold(name, size, fill) if hold else self._cache.get(name, size, fill, keep)
+        except FileNotFoundError as error:
+            raise DataError(f"cannot read {path}: it is no longer there") from error
+
+    def _fill(self, i: int, out: Any) -> None:
+        path, about = self.paths[i], self._about[i]
+        unpack = _is_gzipped(path)
+
+        def write(stream: Any) -> None:
+            out.seek(0)  # what is cut off at the end: until then the length is a claim to room
+            remote.copy(gzip.GzipFile(fileobj=stream, mode="rb") if unpack else stream, out)
+
+        if about is not None:
+            remote.download(path, about, write)
+            return
+        try:
+            with open(path, "rb") as packed:
+                write(packed)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise DataError(f"{path} is damaged and cannot be unpacked: {error}") from error
+
+    def file(self, i: int) -> tuple[str, Copy | None]:
+        """A local path with the contents of file i, and what must be referred to for as long as that is used.
+
+        Raises:
+            DataError: it cannot be had.
+        """
+        if self._names[i] is None:
+            return self.paths[i], None
+        copy = self._copy(i, hold=True)
+        return copy.path, copy
+
+    def read(self, i: int, offset: int, size: int, key: str) -> bytes:
+        """`size` bytes of file i. Raises BadRecord, for the record `key`, where they cannot be had."""
+        try:
+            if self._names[i] is None:
+                data = files.READER.read(self.paths[i], offset, size)
+            else:
+                data = os.pread(self._copy(i).number, size, offset)
+        except (OSError, DataError) as error:
+            raise BadRecord("unreadable_shard", key, f"{self.paths[i]}: {error}") from error
+        if len(data) != size:
+            raise BadRecord("truncated_shard", key, f"{self.paths[i]}: {len(data)} of {size} bytes")
+        return data
+
+    def prepare(self, numbers: Iterable[int]) -> None:
+        """Begin to download these files, in this order, behind the scenes; failures show when they are read."""
+        cached = [i for i in dict.fromkeys(numbers) if self._names[i] is not None]
+        wanted = [i for i in cached if not self._cache.has(self._names[i])]
+        if wanted:
+            self._ahead = self._ahead or _Ahead()
+            keep = {self._names[i] for i in cached}
+            self._ahead.add([(self._names[i], functools.partial(self._copy, i, keep)) for i in wanted])
+
+    def indexes(self, build: Callable[[str], Samples]) -> list[ShardIndex]:
+        """The index of every file, see `shard_index.open_index`; a remote one beside its shard saves the download.
+
+        Raises:
+            DataError: a file that cannot be read.
+        """
+        with ThreadPoolExecutor(min(_THREADS, len(self.paths) or 1)) as pool:
+            return list(pool.map(lambda i: self.index(i, build), range(len(self.paths))))
+
+    def index(self, i: int, build: Callable[[str], Samples], anew: bool = False) -> ShardIndex:
+        """The index of file i; `anew` ignores and replaces what is kept. Raises DataError."""
+        path = self.paths[i]
+        kept = shard_index.place_in_cache(path, self.folder)
+        if anew:
+            return shard_index.make(self.file(i)[0], kept, build)
+        if self._about[i] is None:
+            return shard_index.open_index(path, self.file(i)[0], self.folder, build)
+        beside = kept.with_name(kept.name + f".{self._names[i][:16]}.beside")
+        self._fetch_index(path, beside)
+        found = shard_index.find([kept, beside], lambda index: self._fits(i, index))
+        return found or shard_index.make(self.file(i)[0], kept, build)
+
+    def _fetch_index(self, path: str, place: Any) -> None:
+        """The side file of a remote shard into the cache, unless it is there, or there is none."""
+        if place.exists() or "?" in path:
+            return
+        data = remote.small(path + shard_index.ENDING)
+        if data is not None:
+            try:
+                shard_index.write_whole(place, data)
+            except OSError as error:
+                raise DataError(f"cannot write {place}: {error}") from error
+
+    def _fits(self, i: int, index: ShardIndex) -> bool:
+        """By all its bytes where the shard is here; else by its length (unknown for gzipped ones)."""
+        if self._cache.has(self._names[i]):
+            return index.fits(self.file(i)[0])
+        return _is_gzipped(self.paths[i]) or self._about[i].size in (None, index.size)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the threads that download ahead: a worker process only reads."""
+        return self.__dict__ | {"_ahead": None}
+
+
+class _Ahead:
+    """A few threads that download shards before they are needed; they end with the process, whatever they do."""
+
+    def __init__(self) -> None:
+        self._queue: deque[tuple[str, Callable[[], Any]]] = deque()
+        self._known: set[str] = set()
+        self._lock, self._threads = threading.Lock(), 0
+
+    def add(self, jobs: Sequence[tuple[str, Callable[[], Any]]]) -> None:
+        with self._lock:
+            for name, job in jobs:
+                if name not in self._known:
+                    self._known.add(name)
+                    self._queue.append((name, job))
+            while self._threads < min(_AHEAD_THREADS, len(self._queue)):
+                self._threads += 1
+                threading.Thread(target=self._work, name="vlmjax-ahead", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._threads -= 1
+                    return
+                name, job = self._queue.popleft()
+            try:
+                job()
+            except Exception as error:  # the reader of this shard meets it again, and reports it
+                files.LOG.debug("download ahead of %s: %s", name, error)
+            with self._lock:
+                self._known.discard(name)
+
+
+def _is_gzipped(path: str) -> bool:
+    return (
+        path.split("?")[0].endswith((".gz", ".tgz"))
+        if files.is_remote(path)
+        else path.endswith((".gz", ".tgz"))
+    )
+
+
+def _plain(name: str) -> str:
+    return name.removesuffix(".gz") if name.endswith(".gz") else name.replace(".tgz", ".tar")

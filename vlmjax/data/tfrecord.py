@@ -1,0 +1,130 @@
+"""TFRecord files of tf.train.Example at random, through an index of offsets, without TensorFlow."""
+
+import functools
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any
+
+from vlmjax.data import rows, tfexample
+from vlmjax.data.record import Record
+from vlmjax.data.samples import Samples, flatten
+from vlmjax.data.webdataset import IndexedShards
+from vlmjax.errors import BadRecord, DataError
+
+_HEAD, _TAIL = 12, 4
+_READ_AHEAD = 1 << 14
+
+
+@functools.cache
+def _table() -> list[int]:
+    """Of CRC-32C (Castagnoli, polynomial 0x1EDC6F41 reflected), a byte at a time."""
+    out = []
+    for value in range(256):
+        for _ in range(8):
+            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
+        out.append(value)
+    return out
+
+
+def masked_crc(data: bytes) -> int:
+    """CRC-32C rotated and shifted, as TFRecord stores it (tensorflow/core/lib/hash/crc32c.h)."""
+    crc, table = 0xFFFFFFFF, _table()
+    for byte in data:
+        crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
+    crc ^= 0xFFFFFFFF
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def index(path: str) -> Samples:
+    """Where each record's data lie. Framing: length (uint64), its CRC (uint32), the data, their CRC (uint32).
+
+    A file cut off or damaged in the middle gives the records before that, and a note.
+
+    Raises:
+        DataError: the file does not begin with a record.
+    """
+    groups, notes, at = [], [], 0
+    with open(path, "rb", buffering=_READ_AHEAD) as file:
+        length = os.fstat(file.fileno()).st_size
+        while at < length:
+            head = file.read(_HEAD)
+            size = _size(head)
+            if size is None or at + _HEAD + size + _TAIL > length:
+                if not groups:
+                    raise DataError(f"{path} is not a TFRecord file (its first length does not add up)")
+                what = "damaged" if size is None and len(head) == _HEAD else "cut off"
+                notes.append(f"{what} at byte {at}; using the {len(groups)} records before it")
+                break
+            groups.append(("", [("record", at + _HEAD, size)]))
+            at += _HEAD + size + _TAIL
+            file.seek(at)
+    return flatten(groups, unit=1, notes=notes)
+
+
+def _size(head: bytes) -> int | None:
+    """The length in a record's head, None where its CRC does not fit."""
+    if len(head) < _HEAD:
+        return None
+    size, crc = struct.unpack("<QI", head)
+    return size if masked_crc(head[:8]) == crc else None
+
+
+class TFRecordSource(IndexedShards):
+    """Examples in TFRecord files, any of them at any time: an image feature and caption features by their usual names.
+
+    Lists of one value are given as the value, `record.extra` is all other features.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        *,
+        image_column: str | None = None,
+        caption_columns: Sequence[str] | str | None = None,
+        root: str | None = None,
+        name: str = "",
+        cache: str | None = None,
+        verify: bool = False,
+    ):
+        """Index the files.
+
+        Args:
+            paths: of the files; gzipped ones end in .gz.
+            image_column, caption_columns: names of features that are not among the usual ones.
+            root: folder of images, where the feature is a path.
+            name: of the source.
+            cache: the cache folder.
+            verify: check each record's CRC, which takes about 0.1 ms per KB.
+
+        Raises:
+            DataError: unreadable, no TFRecord file, without records, or without the features wanted.
+        """
+        super().__init__(paths, index, name=name, cache=cache)
+        self._verify = verify
+        self._load = rows.Loader(root or os.path.dirname(os.path.abspath(paths[0])), cache)
+        if not len(self):
+            raise DataError(f"{self.name}: {len(self.paths)} TFRecord file(s) hold no record")
+        options = {"image_column": image_column, "caption_columns": caption_columns}
+        try:
+            self._layout = rows.find_layout(self.paths[0], self._row(0), **options)
+        except BadRecord as error:
+            raise DataError(f"{self.paths[0]}: its first record cannot be read: {error}") from error
+
+    def key(self, i: int) -> str:
+        """File and number of record i."""
+        shard, at = self.place(i)
+        return f"{os.path.basename(self.paths[shard])}:{at}"
+
+    def _row(self, i: int) -> dict[str, Any]:
+        shard, at = self.place(i)
+        key = self.key(i)
+        offset, size = self.samples(shard).parts(at)["record"]
+        data = self._shards.read(shard, offset, size + _TAIL, key)
+        if self._verify and masked_crc(data[:size]) != struct.unpack("<I", data[size:])[0]:
+            raise BadRecord("bad_crc", key, self.paths[shard])
+        return tfexample.simple(tfexample.parse(data[:size], key))
+
+    def __getitem__(self, i: int) -> Record:
+        """Record i. Raises BadRecord."""
+        return rows.record(self._row(i), self.key(i), self._layout, self._load)
