@@ -19,7 +19,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from vlmjax.data import augment, images, resize
+from vlmjax.data import augment, images
+from vlmjax.data.pictures import resize
 from vlmjax.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]

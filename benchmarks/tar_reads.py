@@ -83,8 +83,8 @@ def read_vlmjax(source: object, order: np.ndarray) -> int:
 
 def measure(paths: list[str], rounds: int, cache: str) -> dict:
     """Microseconds of CPU per sample, medians of interleaved rounds, and the time that indexing takes."""
-    from vlmjax.data import tar
-    from vlmjax.data.webdataset import TarSource
+    from vlmjax.data.formats import tar
+    from vlmjax.data.formats.webdataset import TarSource
 
     build = statistics.median(
         cpu_seconds(lambda: sum(tar.index(path).count for path in paths))[0] for _ in range(3)

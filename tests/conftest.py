@@ -1,6 +1,7 @@
 """Test conditions for the whole tree: 8 simulated devices, strict dtypes and ranks, checked shapes."""
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,8 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Indexes and kernels made at first use stay out of the user's own cache; the kernel is compiled once for all runs.
+os.environ.setdefault("VLMJAX_CACHE", os.path.join(tempfile.gettempdir(), f"vlmjax-tests-{os.getuid()}"))
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -49,10 +49,9 @@ def test_help_loads_no_framework(command):
 
 
 def test_the_list_of_commands_is_complete():
-    runnable = {
-        path.stem for path in (ROOT / "vlmjax").glob("*.py") if '__name__ == "__main__"' in path.read_text()
-    }
-    assert set(COMMANDS) == runnable - {"__main__"}
+    paths = (path for path in (ROOT / "vlmjax").rglob("*.py") if '__name__ == "__main__"' in path.read_text())
+    runnable = {".".join(path.relative_to(ROOT / "vlmjax").with_suffix("").parts) for path in paths}
+    assert set(COMMANDS) == {name.removesuffix(".__main__") for name in runnable - {"__main__"}}
     run = python("-m", "vlmjax")
     assert all(f"python -m vlmjax.{name} " in run.stdout for name in COMMANDS)
 

@@ -6,6 +6,8 @@ COMMANDS = {
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "data.stats": "what a source holds    scenes:heldout --limit=200",
     "data.inspect": "a step's rows, a page  scenes --image-size=64 --out=step.html",
+    "data.scenes": "draw the scenes        --sheet=scenes.png",
+    "data.formats.tfds_coco": "COCO captions as TFDS  --coco=DIR --out=DIR",
     "data.index": "index shards           shards/*.tar",
     "data.convert": "write shards           pairs.jsonl --out=shards",
     "data.bench": "time the pipeline      scenes --image-size=64",
@@ -16,7 +18,7 @@ def main() -> None:
     """Print one line per command."""
     print("vlmjax: vision-language pretraining in JAX. Commands (each explains itself with --help):\n")
     for name, use in COMMANDS.items():
-        print(f"  python -m vlmjax.{name:<13} {use}")
+        print(f"  python -m vlmjax.{name:<22} {use}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from helpers import caption, encoded, picture
 
-from vlmjax.data.parquet import ParquetSource
+from vlmjax.data.formats.parquet import ParquetSource
 from vlmjax.data.sources import image_sizes, open_source
 from vlmjax.errors import BadRecord, DataError
 

@@ -9,7 +9,8 @@ import pytest
 from helpers import encoded, picture
 from PIL import Image
 
-from vlmjax.data import augment, decode, images
+from vlmjax.data import augment, images
+from vlmjax.data.pictures import decode
 from vlmjax.errors import BadRecord, DataError
 
 

@@ -7,7 +7,7 @@ import pytest
 from helpers import encoded, picture
 from PIL import Image, ImageOps
 
-from vlmjax.data import image_header
+from vlmjax.data.pictures import image_header
 
 KINDS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
 

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from helpers import picture
 
-from vlmjax.data import augment, randaugment
-from vlmjax.data.randaugment import POLICIES, parse
+from vlmjax.data import augment
+from vlmjax.data.pictures import randaugment
+from vlmjax.data.pictures.randaugment import POLICIES, parse
 from vlmjax.errors import RecipeError
 
 LUMA = np.array([0.299, 0.587, 0.114])

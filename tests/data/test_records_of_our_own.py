@@ -10,7 +10,7 @@ import pytest
 from helpers import caption, encoded, picture
 from test_tfrecord import example
 
-from vlmjax.data import arrayrecord, container
+from vlmjax.data.formats import arrayrecord, container
 from vlmjax.data.record import Record
 from vlmjax.data.sources import image_sizes, open_source
 from vlmjax.errors import BadRecord, DataError

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from helpers import caption, encoded, picture, shard
 
-from vlmjax.data import index, remote, shard_cache, shards
+from vlmjax.data import index
 from vlmjax.data.record import Record
 from vlmjax.data.sources import open_source
+from vlmjax.data.storage import remote, shard_cache, shards
 from vlmjax.errors import BadRecord, DataError
 
 fsspec = pytest.importorskip("fsspec")
@@ -166,7 +167,7 @@ def test_parquet_and_array_record_in_a_bucket(tmp_path, monkeypatch):
     import pyarrow as pa
     from pyarrow import parquet
 
-    from vlmjax.data import arrayrecord
+    from vlmjax.data.formats import arrayrecord
 
     memory = fsspec.filesystem("memory")
     for i in range(2):

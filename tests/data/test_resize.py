@@ -12,7 +12,8 @@ import pytest
 from helpers import picture
 from PIL import Image
 
-from vlmjax.data import images, native, resize
+from vlmjax.data import images
+from vlmjax.data.pictures import native, resize
 from vlmjax.errors import DataError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import encoded, picture
 
-from vlmjax.data import rows
+from vlmjax.data.formats import rows
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from vlmjax.data import shard_cache
-from vlmjax.data.shard_cache import ShardCache
+from vlmjax.data.storage import shard_cache
+from vlmjax.data.storage.shard_cache import ShardCache
 from vlmjax.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -174,8 +174,8 @@ def test_threads_that_want_the_same_wait_for_one(tmp_path):
 
 PROCESS = """
 import os, random, sys, time
-from vlmjax.data import shard_cache
-from vlmjax.data.shard_cache import ShardCache
+from vlmjax.data.storage import shard_cache
+from vlmjax.data.storage.shard_cache import ShardCache
 folder, log, seed = sys.argv[1], sys.argv[2], int(sys.argv[3])
 cache, rng = ShardCache(folder, 4000), random.Random(seed)
 def fill(name):
@@ -211,7 +211,7 @@ def test_several_processes(tmp_path):
 
 KILLED = """
 import sys, time
-from vlmjax.data.shard_cache import ShardCache
+from vlmjax.data.storage.shard_cache import ShardCache
 def fill(out):
     out.write(b"half"); out.flush(); print("writing", flush=True); time.sleep(100)
 ShardCache(sys.argv[1], 100).get("a", 80, fill)

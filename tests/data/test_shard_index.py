@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from helpers import caption, encoded, picture, shard, write_tar
 
-from vlmjax.data import index, samples, shard_index, tar
+from vlmjax.data import index
+from vlmjax.data.formats import tar
+from vlmjax.data.formats.webdataset import TarSource
 from vlmjax.data.sources import image_sizes, open_source
-from vlmjax.data.webdataset import TarSource
+from vlmjax.data.storage import samples, shard_index
 from vlmjax.errors import BadRecord, DataError
 
 ROOT = Path(__file__).resolve().parents[2]

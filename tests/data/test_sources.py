@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import caption, encoded, picture, shard
 
-from vlmjax.data import files, folder, kinds
+from vlmjax.data.formats import folder, kinds
 from vlmjax.data.record import Record
 from vlmjax.data.sources import (
     Concat,
@@ -19,6 +19,7 @@ from vlmjax.data.sources import (
     open_sources,
     split_spec,
 )
+from vlmjax.data.storage import files
 from vlmjax.errors import BadRecord, DataError
 
 
@@ -300,3 +301,16 @@ def test_every_folder_of_the_reference_data_opens(shared_path, tmp_path):
         assert len(source) == count and bad == (15 if name == "webdataset" else 0), (name, bad)
     weird = str(shared_path("data/weird_images"))
     assert len(open_source(weird, image_column="file", caption_columns="pil_format")) == 50
+
+
+def test_a_table_about_something_else_does_not_hide_the_images(tmp_path, caplog):
+    """A list of licences beside images: the images are the source; a table alone, or columns named, is an error."""
+    (tmp_path / "index.tsv").write_text("file\tlicence\na.png\tMIT\n")
+    with pytest.raises(DataError, match="no column for a caption"):
+        open_source(str(tmp_path))
+    (tmp_path / "a.png").write_bytes(encoded(picture(0)))
+    source = open_source(str(tmp_path))
+    assert len(source) == 1 and source[0].key == "a" and source[0].captions == ()
+    assert "not its table" in caplog.text and "no column for a caption" in caplog.text
+    with pytest.raises(DataError, match="no column for a caption"):
+        open_source(str(tmp_path), caption_columns="title")

@@ -9,7 +9,7 @@ import pytest
 from helpers import caption, encoded, picture
 from test_tfrecord import example, frame
 
-from vlmjax.data import tfds_coco
+from vlmjax.data.formats import tfds_coco
 from vlmjax.data.sources import open_source
 from vlmjax.errors import DataError
 
@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 PROGRAM = """
 import json, pickle, sys
-from vlmjax.data import tfds_coco
+from vlmjax.data.formats import tfds_coco
 from vlmjax.data.sources import image_sizes, open_source
 sys.exit(tfds_coco.main(["--coco", sys.argv[1], "--out", sys.argv[2]])) if len(sys.argv) == 3 else None
 out = {}

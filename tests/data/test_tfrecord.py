@@ -7,7 +7,7 @@ import struct
 import pytest
 from helpers import caption, encoded, picture
 
-from vlmjax.data import tfexample, tfrecord
+from vlmjax.data.formats import tfexample, tfrecord
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import encoded, picture
 from PIL import Image
 
-from vlmjax.data import video
+from vlmjax.data.pictures import video
 from vlmjax.errors import BadRecord, DataError, RecipeError
 
 

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from helpers import caption, encoded, picture, shard, write_tar
 
-from vlmjax.data import files
-from vlmjax.data import tar as tars
+from vlmjax.data.formats import tar as tars
 from vlmjax.data.sources import open_source
+from vlmjax.data.storage import files
 from vlmjax.errors import BadRecord, DataError
 
 

@@ -6,7 +6,7 @@ import pytest
 from training import tiny
 
 from vlmjax import config
-from vlmjax.data import folder
+from vlmjax.data.formats import folder
 from vlmjax.data.scenes import open_scenes
 from vlmjax.errors import BadRecord
 from vlmjax.sharding.mesh import make_mesh, replicated

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFilter
 
-from vlmjax.data import images, randaugment
+from vlmjax.data import images
+from vlmjax.data.pictures import randaugment
 from vlmjax.errors import RecipeError
 
 _LUMA = np.array([0.299, 0.587, 0.114])

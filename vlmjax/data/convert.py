@@ -14,7 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import images, plan, tar_writer
+from vlmjax.data import images, plan
+from vlmjax.data.formats import tar_writer
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, open_source
 from vlmjax.errors import BadRecord, DataError, UserError
@@ -111,7 +112,7 @@ def _source(spec: str, exclude: str | None) -> Source:
 def _writer(format_: str, path: str) -> Any:
     if format_ == "tar":
         return tar_writer.Writer(path)
-    from vlmjax.data.arrayrecord import Writer
+    from vlmjax.data.formats.arrayrecord import Writer
 
     return Writer(path)
 

@@ -6,10 +6,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from vlmjax.data import decode as _decoding
-from vlmjax.data import resize as _resizing
-from vlmjax.data.decode import MAX_PIXELS, Jpeg, composite, decode, open_image
-from vlmjax.data.resize import resize
+from vlmjax.data.pictures import decode as _decoding
+from vlmjax.data.pictures import resize as _resizing
+from vlmjax.data.pictures.decode import MAX_PIXELS, Jpeg, composite, decode, open_image
+from vlmjax.data.pictures.resize import resize
 from vlmjax.errors import DataError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

@@ -51,7 +51,8 @@ def _positive(text: str) -> int:
 
 def run(arguments: Any) -> int:
     """Index every shard; one that cannot be read is told of and makes the exit status 1."""
-    from vlmjax.data import files, kinds
+    from vlmjax.data.formats import kinds
+    from vlmjax.data.storage import files
 
     paths = [path for pattern in arguments.shards for path in kinds.shards_in(files.find(pattern))]
     if not paths:
@@ -72,8 +73,9 @@ def run(arguments: Any) -> int:
 
 def _one(path: str, cache: str | None, force: bool) -> str:
     """Index one shard, or see that it is indexed; the line to print."""
-    from vlmjax.data import files, kinds, shard_index
-    from vlmjax.data.shards import Shards
+    from vlmjax.data.formats import kinds
+    from vlmjax.data.storage import files, shard_index
+    from vlmjax.data.storage.shards import Shards
 
     begin = time.perf_counter()
     shards, build = Shards([path], cache), kinds.builder(path)
@@ -94,7 +96,8 @@ def _one(path: str, cache: str | None, force: bool) -> str:
 def _count_tokens(name: str, paths: Sequence[str], cache: str | None) -> None:
     import numpy as np
 
-    from vlmjax.data import kinds, text
+    from vlmjax.data import text
+    from vlmjax.data.formats import kinds
 
     tokenizer = text.load(name, 1 << 20)
     for path in paths:

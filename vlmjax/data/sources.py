@@ -8,10 +8,12 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from vlmjax.data import arrow, files, folder, image_header, kinds, parquet, tfds
-from vlmjax.data.folder import Subset
+from vlmjax.data.formats import arrow, folder, kinds, parquet, tfds
+from vlmjax.data.formats.folder import Subset
+from vlmjax.data.pictures import image_header
 from vlmjax.data.record import Record
 from vlmjax.data.scenes import Scenes, open_scenes
+from vlmjax.data.storage import files
 from vlmjax.errors import BadRecord, DataError
 
 Specification = str | Sequence[str]

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmjax.data.folder import Subset
+from vlmjax.data.formats.folder import Subset
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.sources import together
 from vlmjax.errors import NonFiniteError, UserError

@@ -14,7 +14,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from vlmjax.data import native
+from vlmjax.data.pictures import native
 from vlmjax.errors import DataError
 
 VARIABLE = "VLMJAX_RESIZE"

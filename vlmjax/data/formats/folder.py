@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import logging
 import os
 import pathlib
 from collections.abc import Sequence
@@ -11,17 +12,22 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import files, rows, shards
-from vlmjax.data.fields import IMAGE_EXTENSIONS, captions_of, parse_json, tidy
+from vlmjax.data.formats import rows
+from vlmjax.data.formats.fields import IMAGE_EXTENSIONS, captions_of, parse_json, tidy
 from vlmjax.data.record import Record
+from vlmjax.data.storage import files, shards
 from vlmjax.errors import BadRecord, DataError
 
+_log = logging.getLogger(__name__)
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
 _PREFERRED = ("metadata", "captions", "data", "index", "train")
 
 
 def open_folder(folder: str, **options: Any) -> "TableSource | PairFolder":
     """The source a folder holds: its one table, or else images with text files beside them.
+
+    A table that is not about images and captions, such as a list of licences, is passed over with a warning where
+    there are images.
 
     Raises:
         DataError: several tables and no telling which, or no images.
@@ -35,7 +41,19 @@ def open_folder(folder: str, **options: Any) -> "TableSource | PairFolder":
         raise DataError(
             f"{folder} holds several tables ({', '.join(t.name for t in tables[:5])}); name the one to read"
         )
-    return TableSource(str(tables[0]), **options) if tables else PairFolder(folder)
+    if not tables:
+        return PairFolder(folder)
+    try:
+        return TableSource(str(tables[0]), **options)
+    except rows.NoColumn as error:
+        if options.get("image_column") or options.get("caption_columns"):
+            raise
+        try:
+            images = PairFolder(folder)
+        except DataError:
+            raise error from None
+        _log.warning("reading the images of %s, not its table: %s", folder, error)
+        return images
 
 
 class TableSource:

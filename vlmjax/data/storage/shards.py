@@ -11,10 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vlmjax.data import files, remote, shard_index
-from vlmjax.data.samples import Samples
-from vlmjax.data.shard_cache import Copy, limit_from_environment, shared_cache
-from vlmjax.data.shard_index import ShardIndex
+from vlmjax.data.storage import files, remote, shard_index
+from vlmjax.data.storage.samples import Samples
+from vlmjax.data.storage.shard_cache import Copy, limit_from_environment, shared_cache
+from vlmjax.data.storage.shard_index import ShardIndex
 from vlmjax.errors import BadRecord, DataError
 
 _AHEAD_THREADS = 4

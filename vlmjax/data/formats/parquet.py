@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import files, remote, rows
-from vlmjax.data.arrow import ColumnSource, arrow
-from vlmjax.data.shards import Shards
+from vlmjax.data.formats import rows
+from vlmjax.data.formats.arrow import ColumnSource, arrow
+from vlmjax.data.storage import files, remote
+from vlmjax.data.storage.shards import Shards
 from vlmjax.errors import BadRecord, DataError
 
 CACHE_BYTES = 2 << 30

@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from vlmjax.data import files
+from vlmjax.data.storage import files
 
 SOURCES = pathlib.Path(__file__).with_name("csrc")
 # No contraction: a fused multiply-add rounds once where the arithmetic that is to be equalled rounds twice.

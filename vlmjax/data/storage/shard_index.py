@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data.samples import Samples, narrow
+from vlmjax.data.storage.samples import Samples, narrow
 from vlmjax.errors import DataError
 
 ENDING = ".index"

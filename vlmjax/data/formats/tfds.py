@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import rows
-from vlmjax.data.arrayrecord import ArrayRecordSource
+from vlmjax.data.formats import rows
+from vlmjax.data.formats.arrayrecord import ArrayRecordSource
+from vlmjax.data.formats.tfrecord import TFRecordSource
 from vlmjax.data.record import Record
-from vlmjax.data.tfrecord import TFRecordSource
 from vlmjax.errors import BadRecord, DataError
 
 PREFIX = "tfds:"
@@ -25,7 +25,7 @@ def _tfds() -> Any:
     try:
         import tensorflow_datasets
     except ImportError as error:
-        raise DataError("TFDS data need tensorflow_datasets: pip install 'vlmjax[tfds]'") from error
+        raise DataError("TFDS data need tensorflow_datasets: pip install tensorflow-datasets") from error
     return tensorflow_datasets
 
 
@@ -81,7 +81,7 @@ def _builder(spec: str, name: str) -> Any:
     if not builder.info.splits:
         raise DataError(
             f"{spec}: not prepared in {builder.data_dir}; prepare it with file_format='array_record' first "
-            "(see vlmjax/data/tfds_coco.py)"
+            "(see vlmjax/data/formats/tfds_coco.py)"
         )
     return builder
 

@@ -6,10 +6,10 @@ import struct
 from collections.abc import Sequence
 from typing import Any
 
-from vlmjax.data import rows, tfexample
+from vlmjax.data.formats import rows, tfexample
+from vlmjax.data.formats.webdataset import IndexedShards
 from vlmjax.data.record import Record
-from vlmjax.data.samples import Samples, flatten
-from vlmjax.data.webdataset import IndexedShards
+from vlmjax.data.storage.samples import Samples, flatten
 from vlmjax.errors import BadRecord, DataError
 
 _HEAD, _TAIL = 12, 4

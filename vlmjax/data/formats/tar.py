@@ -5,9 +5,9 @@ import os
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from vlmjax.data import image_header
-from vlmjax.data.fields import IMAGE_EXTENSIONS, image_extension
-from vlmjax.data.samples import Samples, flatten
+from vlmjax.data.formats.fields import IMAGE_EXTENSIONS, image_extension
+from vlmjax.data.pictures import image_header
+from vlmjax.data.storage.samples import Samples, flatten
 from vlmjax.errors import DataError
 
 _BLOCK = 512

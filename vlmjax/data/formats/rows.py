@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import files, shards
-from vlmjax.data.fields import CAPTION_COLUMNS, IMAGE_COLUMNS, KEY_COLUMNS, captions_of, tidy
+from vlmjax.data.formats.fields import CAPTION_COLUMNS, IMAGE_COLUMNS, KEY_COLUMNS, captions_of, tidy
 from vlmjax.data.record import Record
+from vlmjax.data.storage import files, shards
 from vlmjax.errors import BadRecord, DataError
 
 CONVERSATIONS = "conversations"
@@ -18,6 +18,10 @@ _SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt"
 
 Row = Mapping[str, Any]
 Load = Callable[[Any, str], bytes | np.ndarray]
+
+
+class NoColumn(DataError):
+    """A table without a column that is needed."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +101,7 @@ def _column(where: str, row: Row, names: Sequence[str], what: str, option: str) 
     if found is not None:
         return found
     have, wanted = ", ".join(map(str, row)) or "none", ", ".join(names)
-    raise DataError(
+    raise NoColumn(
         f"{where} has no column for {what}: looked for {wanted}; it has {have}; rename its column, or in Python "
         f"name it with {option}"
     )

@@ -1,8 +1,8 @@
 """COCO captions as a TFDS dataset, made from COCO's own files and read again without TensorFlow.
 
-`python -m vlmjax.data.tfds_coco --coco=DIR --out=DIR` expects `annotations/captions_SPLIT.json` and the folders of
-images `SPLIT/` in --coco; a recipe then reads `data.train = "tfds:OUT/coco_pairs/1.0.0:train2017"`. A builder for
-other data needs the same three methods.
+`python -m vlmjax.data.formats.tfds_coco --coco=DIR --out=DIR` expects `annotations/captions_SPLIT.json` and the
+folders of images `SPLIT/` in --coco; a recipe then reads `data.train = "tfds:OUT/coco_pairs/1.0.0:train2017"`. A
+builder for other data needs the same three methods.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from vlmjax.data import tfds
+from vlmjax.data.formats import tfds
 from vlmjax.errors import DataError
 
 SPLITS = ("train2017", "val2017")
@@ -107,7 +107,9 @@ def prepare(coco: str, out: str, splits: Sequence[str] = ()) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command."""
-    parser = argparse.ArgumentParser("python -m vlmjax.data.tfds_coco", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(
+        "python -m vlmjax.data.formats.tfds_coco", description=__doc__.split("\n")[0]
+    )
     parser.add_argument(
         "--coco", required=True, help="folder with annotations/captions_*.json and the images"
     )

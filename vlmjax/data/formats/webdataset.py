@@ -11,12 +11,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmjax.data import shard_index, tar
-from vlmjax.data.fields import TEXT_EXTENSIONS, captions_of, image_extension, parse_json, says_more, tidy
+from vlmjax.data.formats import tar
+from vlmjax.data.formats.fields import (
+    TEXT_EXTENSIONS,
+    captions_of,
+    image_extension,
+    parse_json,
+    says_more,
+    tidy,
+)
 from vlmjax.data.record import Record
-from vlmjax.data.samples import Samples
-from vlmjax.data.shard_index import Damaged, ShardIndex
-from vlmjax.data.shards import Shards
+from vlmjax.data.storage import shard_index
+from vlmjax.data.storage.samples import Samples
+from vlmjax.data.storage.shard_index import Damaged, ShardIndex
+from vlmjax.data.storage.shards import Shards
 from vlmjax.errors import BadRecord, DataError
 
 _TOGETHER = 1 << 14  # bytes read at once rather than by several reads

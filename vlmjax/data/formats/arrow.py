@@ -9,10 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.data import rows, shard_index
-from vlmjax.data.fields import captions_of, tidy
+from vlmjax.data.formats import rows
+from vlmjax.data.formats.fields import captions_of, tidy
 from vlmjax.data.record import Record
-from vlmjax.data.shards import Shards
+from vlmjax.data.storage import shard_index
+from vlmjax.data.storage.shards import Shards
 from vlmjax.errors import BadRecord, DataError
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
@@ -23,7 +24,7 @@ def arrow() -> Any:
     try:
         import pyarrow
     except ImportError as error:
-        raise DataError("Arrow and parquet files need pyarrow: pip install 'vlmjax[arrow]'") from error
+        raise DataError("Arrow and parquet files need pyarrow: pip install pyarrow") from error
     return pyarrow
 
 

@@ -5,13 +5,13 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vlmjax.data import arrayrecord, tar, tfrecord
-from vlmjax.data.arrayrecord import ArrayRecordSource
-from vlmjax.data.arrow import ArrowSource
-from vlmjax.data.folder import TABLES, TableSource
-from vlmjax.data.parquet import ParquetSource
-from vlmjax.data.tfrecord import TFRecordSource
-from vlmjax.data.webdataset import TarSource
+from vlmjax.data.formats import arrayrecord, tar, tfrecord
+from vlmjax.data.formats.arrayrecord import ArrayRecordSource
+from vlmjax.data.formats.arrow import ArrowSource
+from vlmjax.data.formats.folder import TABLES, TableSource
+from vlmjax.data.formats.parquet import ParquetSource
+from vlmjax.data.formats.tfrecord import TFRecordSource
+from vlmjax.data.formats.webdataset import TarSource
 from vlmjax.errors import DataError
 
 # TFDS numbers its files after the ending: name-train.tfrecord-00000-of-00010.

@@ -7,10 +7,10 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from vlmjax.data import container, rows, tfexample
+from vlmjax.data.formats import container, rows, tfexample
+from vlmjax.data.formats.webdataset import IndexedShards
 from vlmjax.data.record import Record
-from vlmjax.data.samples import Samples, flatten
-from vlmjax.data.webdataset import IndexedShards
+from vlmjax.data.storage.samples import Samples, flatten
 from vlmjax.errors import BadRecord, DataError
 
 # One record per group: a larger group is read and unpacked whole for each of its records. JPEG does not compress.

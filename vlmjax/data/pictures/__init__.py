@@ -1,0 +1,1 @@
+"""The parts of `images` and `augment`: decoding, resizing, policies, video."""
