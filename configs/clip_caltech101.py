@@ -13,7 +13,7 @@ def get_config(arg=""):
     c.model.image.update(
         {"width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 48, "patch_size": 8}
     )
-    # 48 px: with a thousand pictures of each step's cost half, more passes teach more than finer pictures
+    # 48 px at half the cost of 64: more passes over a thousand pictures teach more than finer ones
     c.model.image.patch_dropout = 0.5  # halves the cost of a step (FLIP, arXiv 2212.00794) and overfits less
     c.model.text.update({"width": 128, "depth": 1, "heads": 4, "mlp_dim": 512, "max_length": 12})
     c.model.projection_dim = 128

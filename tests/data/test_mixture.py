@@ -27,7 +27,7 @@ def _of_part(mixed: Mixture, count: int, start: int = 0) -> list[np.ndarray]:
 
 def test_shares():
     assert mixture.shares([100, 300]) == (0.25, 0.75)
-    assert mixture.shares([100, 400], "sqrt") == (1 / 3, 2 / 3)
+    assert mixture.shares([100, 400], "sqrt") == pytest.approx((1 / 3, 2 / 3))
     assert mixture.shares([1, 9, 90], "equal") == pytest.approx((1 / 3,) * 3)
     assert mixture.shares([7, 9], "equal", (0.7, 0.3)) == pytest.approx((0.7, 0.3))
     assert mixture.shares([100, 300], "size", (3.0, 1.0)) == (0.5, 0.5)
@@ -111,8 +111,35 @@ def test_the_next_mixture_goes_on_where_sources_were():
 
 
 def test_state_is_small():
-    state = Mixture(_parts([10**9] * 8), 0).state()
-    assert len(json.dumps(state)) < 1000
+    """With eight sources of long names, real fingerprints and shares, late in a run."""
+    sizes = [10**9 + 7 * i for i in range(8)]
+    share = mixture.shares(sizes, "sqrt", tuple(1 / (3 + i) for i in range(8)))
+    parts = [
+        Part(f"/a/long/path/of/source-{i}.tar", f"{i:012x}", n, share[i], i, drawn=10**10, layout=2**32 - 1)
+        for i, n in enumerate(sizes)
+    ]
+    assert len(json.dumps({"step": 10**6, "seed": 0, "mixture": Mixture(parts, 0, 10**12).state()})) < 1000
+
+
+def test_another_shuffling_of_the_same_source_is_told_and_skips_to_its_next_epoch():
+    """From a bucket shards are shuffled in blocks, at hand as a whole: half of each would repeat some."""
+    ends = np.cumsum(np.full(40, 5))
+    blocked = Mixture([Part("s", "f", 200, 1.0, ends=ends)], 0)
+    whole = Mixture([Part("s", "f", 200, 1.0)], 0)
+    saved = Mixture.from_state(json.loads(json.dumps(blocked.state())), 0)
+    assert saved.parts[0].layout == blocked.parts[0].layout != 0 == whole.parts[0].layout
+    assert "in blocks" in mixture.difference(saved.parts, whole.parts)
+    assert saved.followed_by(whole.parts, 130).parts[0].drawn == 200
+    assert saved.followed_by(blocked.parts, 130).parts[0].drawn == 130
+
+
+def test_streams_are_never_used_again():
+    first = Mixture(_parts([10, 20]), 0)
+    second = first.followed_by([Part("s0", "f0", 10, 1.0)], 30)
+    third = second.followed_by([Part("s0", "f0", 10, 0.5), Part("new", "f9", 20, 0.5)], 60)
+    assert [part.stream for part in third.parts] == [0, 2]
+    with pytest.raises(ValueError, match="position 59 is before this mixture"):
+        third(np.array([60, 59]))
 
 
 def test_twice_the_same_data_is_refused():

@@ -38,7 +38,7 @@ def measure(
         crop: random crops keep at least this share of an image.
 
     Returns:
-        images_per_second, cpu_ms_per_image (this process and its workers), decode_ms (time of the decoding threads
+        images_per_second, cpu_ms_per_image (without processes), decode_ms (time of the decoding threads
         per image), megabytes_per_second (read, encoded), first_batch_seconds, resident_megabytes (peak, of this
         process), skipped (by reason), backend (what decodes and resizes).
     """

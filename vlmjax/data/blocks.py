@@ -1,11 +1,12 @@
 """The order of one source's epochs: shuffled as a whole, or in blocks where reading at random is dear."""
 
-import functools
+import zlib
 
 import numpy as np
 
 from vlmjax.data import plan
 
+_BLOCKS = 0x626C6F636B  # keeps the draws of blocks apart from those of examples
 WINDOW = 16  # blocks shuffled into each other at a time
 
 
@@ -20,6 +21,12 @@ class Order:
         """`ends` int64 [blocks]: where each block ends, ascending to `size`; None shuffles the whole."""
         self.size, self.seed, self.window = size, seed, window
         self._ends = None if ends is None or len(ends) <= window else np.asarray(ends, np.int64)
+        self._layouts: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    @property
+    def layout(self) -> int:
+        """A number of the blocks, 0 without: runs of one source agree in their order only where it is the same."""
+        return 0 if self._ends is None else zlib.crc32(self._ends.astype("<i8").tobytes())
 
     def __call__(self, turns: np.ndarray) -> np.ndarray:
         """The example of each turn (int64 [n], from 0): int64 [n] in [0, size)."""
@@ -47,14 +54,14 @@ class Order:
 
     def _layout(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of the blocks in this epoch's order: where each starts in the source and ends in the epoch; window ends."""
-        return _layout(self._ends.tobytes(), self.window, self.seed, epoch)
-
-
-@functools.lru_cache(maxsize=8)  # an epoch's layout serves all its steps; two epochs meet in one batch
-def _layout(ends: bytes, window: int, seed: int, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    all_ends = np.frombuffer(ends, np.int64)
-    starts = np.concatenate([[0], all_ends[:-1]])
-    order = plan.permutation(plan.mix64(seed, 0x626C6F636B), epoch, len(all_ends))
-    moved_ends = np.cumsum((all_ends - starts)[order])
-    last = np.minimum(np.arange(window, len(order) + window, window), len(order)) - 1
-    return starts[order], moved_ends, moved_ends[last]
+        known = self._layouts.get(epoch)
+        if known is None:
+            starts = np.concatenate([[0], self._ends[:-1]])
+            order = plan.permutation(plan.mix64(self.seed, _BLOCKS), epoch, len(starts))
+            moved_ends = np.cumsum((self._ends - starts)[order])
+            last = np.arange(self.window, len(order) + self.window, self.window).clip(max=len(order)) - 1
+            known = starts[order], moved_ends, moved_ends[last]
+            # The epochs that are under way, no others: a new dict, since threads may be reading the old one.
+            kept = {e: v for e, v in self._layouts.items() if abs(e - epoch) <= 1}
+            self._layouts = {**kept, epoch: known}
+        return known

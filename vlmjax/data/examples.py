@@ -91,8 +91,7 @@ class Examples:
 
     def _example(self, index: int, position: int) -> tuple[np.ndarray, Text, str, int]:
         """Pixels, caption, key and bytes read of one example at one position of the run."""
-        pixels, record = self._pixels(self.source, index)
+        pixels, record, size = self._pixels(self.source, index)
         rng = self._generators.at(position)
         text = self._rule(record.captions, rng, record.extra)
-        size = len(record.image) if isinstance(record.image, bytes) else 0
         return self._transform(pixels, rng), text, record.key, size

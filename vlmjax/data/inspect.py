@@ -47,7 +47,12 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="flip=0.5, 'crop_scale=(0.4, 1.0)', 'policy=randaugment(2, 9)'; see vlmjax/data/augment.py",
     )
-    add("--captions", default="random", metavar="RULE", help="which of several: random or first")
+    add(
+        "--captions",
+        default="random",
+        metavar="RULE",
+        help="which of several: random, first, all, weights:3,1",
+    )
     add("--mix", default="size", metavar="RULE", help="of several sources: size, sqrt or equal")
     add("--exclude", metavar="REGEX", help="leave out records whose key matches")
     return parser

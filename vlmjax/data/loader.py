@@ -107,25 +107,26 @@ class Pixels:
         """From `__getstate__`."""
         self.__init__(**state)
 
-    def __call__(self, source: Source, i: int) -> tuple[np.ndarray | images.Jpeg, Record]:
-        """Pixels of example i and its record. Raises BadRecord."""
+    def __call__(self, source: Source, i: int) -> tuple[np.ndarray | images.Jpeg, Record, int]:
+        """Pixels of example i, its record, and the encoded bytes read for it. Raises BadRecord."""
         known = self._kept.get(i)
         if known is not None:
-            return known
+            return *known, 0
         record = source[i]
+        size = len(record.image) if isinstance(record.image, bytes) else 0
         try:
             pixels = self._decode(record.image)
         except BadRecord as error:
             raise BadRecord(error.reason, record.key, error.detail) from error
         if self._shortest is None:
-            return pixels, record
+            return pixels, record, size
         pixels = images.shrink(pixels, self._shortest)
         record = dataclasses.replace(record, image=b"")
         with self._lock:
             if self._bytes + pixels.nbytes <= self._limit:
                 self._bytes += pixels.nbytes
                 self._kept[i] = pixels, record
-        return pixels, record
+        return pixels, record, size
 
 
 def guarded(source: Source, index: int, read: Callable[[], Any]) -> Any:

@@ -25,6 +25,7 @@ class Part:
         share: the part of all positions it supplies, above 0.
         stream: its number among all sources the run ever had; with the seed it fixes the order of its epochs.
         drawn: how many examples the run had taken from it before this mixture began.
+        layout: a number of the blocks it is shuffled in, 0 for none; set by the mixture.
         ends: ends of the blocks it is shuffled in (see `blocks`), None to shuffle it as a whole.
     """
 
@@ -34,11 +35,20 @@ class Part:
     share: float
     stream: int = 0
     drawn: int = 0
+    layout: int = 0
     ends: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
 
     def state(self) -> list[Any]:
         """What a checkpoint keeps of it, short: a state has to stay small with many sources."""
-        return [self.name[-40:], self.fingerprint, self.size, self.share, self.stream, self.drawn]
+        return [
+            self.name[-16:],
+            self.fingerprint,
+            self.size,
+            self.share,
+            self.stream,
+            self.drawn,
+            self.layout,
+        ]
 
     @classmethod
     def from_state(cls, value: Sequence[Any]) -> "Part":
@@ -71,7 +81,7 @@ def shares(sizes: Sequence[int], mix: str = "size", weights: Sequence[float] = (
         )
     power = {"size": 1.0, "sqrt": 0.5, "equal": 0.0}[mix]
     raw = [size**power * weight for size, weight in zip(sizes, weights or [1.0] * len(sizes), strict=True)]
-    return tuple(value / sum(raw) for value in raw)
+    return tuple(float(f"{value / sum(raw):.9g}") for value in raw)  # short in a checkpoint
 
 
 class Mixture:
@@ -83,9 +93,20 @@ class Mixture:
     the sources as if they stood one after the other.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int, start: int = 0, version: int = 1):
-        """`start` is the first position of this mixture in the run, `version` counts the run's mixtures."""
-        self.parts, self.seed, self.start, self.version = tuple(parts), seed, start, version
+    def __init__(
+        self, parts: Sequence[Part], seed: int, start: int = 0, version: int = 1, streams: int | None = None
+    ):
+        """See `followed_by` for all mixtures of a run but its first.
+
+        Args:
+            parts: the sources.
+            seed: of the run.
+            start: the first position of this mixture in the run.
+            version: which of the run's mixtures it is.
+            streams: how many sources the run ever had; these by default.
+        """
+        self.seed, self.start, self.version = seed, start, version
+        self.streams = len(parts) if streams is None else streams
         counts = _counts([part.size for part in parts], [part.share for part in parts])
         self._cycle, self._counts = int(counts.sum()), counts
         labels = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
@@ -99,10 +120,20 @@ class Mixture:
             blocks.Order(part.size, plan.mix64(seed, part.stream) if part.stream else seed, part.ends)
             for part in parts
         ]
+        # Of a checkpoint's mixture the blocks themselves are not known, only their number.
+        self.parts = tuple(
+            part if part.ends is None else dataclasses.replace(part, layout=order.layout)
+            for part, order in zip(parts, self._orders, strict=True)
+        )
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
         """The example at each global position (int64, any shape, each at least `start`): int64, the same shape."""
-        cycles, places = np.divmod(np.asarray(positions, np.int64) - self.start, self._cycle)
+        after = np.asarray(positions, np.int64) - self.start
+        if after.min(initial=0) < 0:
+            raise ValueError(
+                f"position {int(after.min()) + self.start} is before this mixture, from {self.start} on"
+            )
+        cycles, places = np.divmod(after, self._cycle)
         labels, out = self._labels[places], np.empty_like(places)
         for label in np.unique(labels):
             here = labels == label
@@ -123,16 +154,20 @@ class Mixture:
             part.fingerprint: (part, drawn)
             for part, drawn in zip(self.parts, self.drawn(position), strict=True)
         }
-        unused = 1 + max(part.stream for part in self.parts)
+        unused = self.streams
         after = []
         for part in parts:
             if part.fingerprint in known:
                 old, drawn = known[part.fingerprint]
+                if old.layout != part.layout:
+                    drawn = (
+                        -(-drawn // part.size) * part.size
+                    )  # another order: it begins with an epoch of its own
                 after.append(dataclasses.replace(part, stream=old.stream, drawn=drawn))
             else:
                 after.append(dataclasses.replace(part, stream=unused, drawn=0))
                 unused += 1
-        return Mixture(after, self.seed, position, self.version + 1)
+        return Mixture(after, self.seed, position, self.version + 1, unused)
 
     def describe(self) -> str:
         """The sources and their shares in words: 'cc (3,000 records) 75.0 %, sbu (1,000 records) 25.0 %'."""
@@ -145,6 +180,7 @@ class Mixture:
         return {
             "version": self.version,
             "start": self.start,
+            "streams": self.streams,
             "sources": [part.state() for part in self.parts],
         }
 
@@ -152,7 +188,7 @@ class Mixture:
     def from_state(cls, state: dict[str, Any], seed: int) -> "Mixture":
         """The mixture of a checkpoint, good for counting: it knows no blocks."""
         parts = [Part.from_state(value) for value in state["sources"]]
-        return cls(parts, seed, int(state["start"]), int(state["version"]))
+        return cls(parts, seed, int(state["start"]), int(state["version"]), int(state["streams"]))
 
 
 def parts_of(sources: Sequence[Any], share: Sequence[float]) -> list[Part]:
@@ -170,7 +206,7 @@ def parts_of(sources: Sequence[Any], share: Sequence[float]) -> list[Part]:
             )
         seen[source.fingerprint] = source.name
         ends = getattr(source, "blocks", None)
-        parts.append(Part(source.name, source.fingerprint, len(source), float(part), number, ends=ends))
+        parts.append(Part(source.name, source.fingerprint[:12], len(source), float(part), number, ends=ends))
     return parts
 
 
@@ -198,4 +234,15 @@ def difference(before: Sequence[Part], after: Sequence[Part]) -> str:
         for key, part in new.items()
         if key in old and old[key].share != part.share
     ]
+    told += [
+        f"{part.name} was shuffled {_how(old[key].layout)} and is now shuffled {_how(part.layout)}"
+        for key, part in new.items()
+        if key in old and old[key].layout != part.layout
+    ]
     return ", ".join(told) or "its sources stand in another order"
+
+
+def _how(layout: int) -> str:
+    return (
+        f"in blocks (layout {layout}), as remote shards are" if layout else "as a whole, as local shards are"
+    )

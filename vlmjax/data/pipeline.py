@@ -141,6 +141,9 @@ class TrainData:
         )
         self._batches: loader.Batches | None = None
         self._work, self._asked = _Work(), start_step
+        self._far = hasattr(self.source, "prepare") and any(
+            part.ends is not None for part in self.mixture.parts
+        )
 
     def __iter__(self) -> "TrainData":
         """Itself: batches go on from `step`."""
@@ -165,21 +168,20 @@ class TrainData:
 
     def _prepare(self) -> None:
         """Tell a source of remote shards which examples come next, some batches ahead."""
-        prepare = getattr(self.source, "prepare", None)
-        if prepare is None:
+        if not self._far or self.step < self._asked:
             return
-        until = self.step + _LOOK_AHEAD
-        if until - self._asked < _LOOK_AHEAD // 4 and self._asked > self.step:
-            return
-        first, last = max(self._asked, self.step), until
+        steps = np.arange(self.step, self.step + _LOOK_AHEAD, dtype=np.int64)
         rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
-        positions = np.arange(first, last, dtype=np.int64)[:, None] * self.batch_size + rows
-        prepare(self.mixture(positions.ravel()).tolist())
-        self._asked = until
+        # All that is ahead, not what is new: what is named again is not put out of the cache.
+        self.source.prepare(self.mixture((steps[:, None] * self.batch_size + rows).ravel()).tolist())
+        self._asked = self.step + _LOOK_AHEAD // 4
 
     def indices(self, step: int) -> np.ndarray:
-        """Which examples of `source` make the global batch of a step: int64 [batch_size]."""
-        return self._plan().indices(step)
+        """Which examples of `source` make the global batch of a step: int64 [batch_size].
+
+        A step before this mixture began counts as its first one.
+        """
+        return self._plan().indices(max(step, -(-self.mixture.start // self.batch_size)))
 
     @property
     def images_per_batch(self) -> int:
@@ -217,6 +219,10 @@ class TrainData:
             DataError: the data, the seed or the batch size is not the saved run's, so "the same order" has no
                 meaning.
         """
+        if "mixture" not in state:
+            raise DataError(
+                "this checkpoint is of an older vlmjax, the order of its data is not known: start a new workdir"
+            )
         now = self.state
         changed = [
             f"{name} was {state[name]!r} and is {now[name]!r}"
@@ -237,18 +243,21 @@ class TrainData:
 
     def _continued(self, saved: Mixture, step: int, accept: bool) -> Mixture:
         """The mixture to go on with: the saved one, or the next."""
-        mine = [(part.fingerprint, part.size, part.share) for part in self.mixture.parts]
-        if mine == [(part.fingerprint, part.size, part.share) for part in saved.parts]:
+        mine, theirs = (
+            [(part.fingerprint, part.size, part.share, part.layout) for part in one.parts]
+            for one in (self.mixture, saved)
+        )
+        if mine == theirs:
             parts = [
                 dataclasses.replace(part, stream=old.stream, drawn=old.drawn)
                 for part, old in zip(self.mixture.parts, saved.parts, strict=True)
             ]
-            return Mixture(parts, self.seed, saved.start, saved.version)
+            return Mixture(parts, self.seed, saved.start, saved.version, saved.streams)
         told = mixture.difference(saved.parts, self.mixture.parts)
         if not accept:
             raise DataError(
                 f"cannot continue with other data: {told}; undo the change, start a new workdir, or go on with the "
-                "new mixture by data.accept_new_mixture=True"
+                "new mixture from here by --config.data.accept_new_mixture=True"
             )
         _log.warning("from step %d on another mixture: %s", step, told)
         return saved.followed_by(self.mixture.parts, step * self.batch_size)
