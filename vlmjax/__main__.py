@@ -2,7 +2,7 @@
 
 COMMANDS = {
     "main": "train a recipe         --config=configs/quickstart.py --workdir=runs/quickstart",
-    "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout",
+    "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout:class",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "data.stats": "what a source holds    scenes:heldout --limit=200",
     "data.inspect": "a step's rows, a page  scenes --image-size=64 --out=step.html",

@@ -148,6 +148,8 @@ def recipe() -> Config:
     c.data.mix = "size"  # size | sqrt | equal: the share of each source, by its number of records or its root
     c.data.weights = ()  # a factor on the share of each source, in their order; explicit shares: mix = "equal"
     c.data.accept_new_mixture = False  # continue with other sources or shares, from the checkpoint's step on
+    c.data.image_column = ""  # of tables, where it has an unusual name
+    c.data.caption_columns = ()  # likewise; several are several captions
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
     c.data.captions = "random"  # which of several: random | first | all | weights:3,1
     c.data.templates = ()  # sentences around the caption, one drawn each time: "a photo of {caption}"

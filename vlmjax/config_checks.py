@@ -14,6 +14,8 @@ METRICS = {
     "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
 }
 
+_MOST_PROCESSES = 256  # each takes seconds to start and its own memory
+
 
 def nearest(name: str, valid: Iterable[str]) -> str:
     """The end of a message about an unknown name: the nearest valid one, else all of them."""
@@ -116,7 +118,13 @@ def _check_data(c: Any) -> None:
         raise RecipeError(f"config.data.std={c.data.std!r}: expected numbers above 0")
     _one_of(c.data.mix, "config.data.mix", MIXES)
     for weight in c.data.weights:
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)):
+            raise RecipeError(f"config.data.weights={c.data.weights!r}: expected numbers, such as (0.7, 0.3)")
         _positive(weight, "config.data.weights")
+    if c.data.processes > _MOST_PROCESSES:
+        raise RecipeError(
+            f"config.data.processes={c.data.processes}: expected at most {_MOST_PROCESSES}; a few per host are enough"
+        )
     for name in ("threads", "processes", "cache_decoded"):
         _at_least(c.data[name], 0, f"config.data.{name}")
     try:

@@ -31,6 +31,15 @@ class NonFiniteError(UserError):
     exit_code = 77
 
 
+class Stopped(UserError):
+    """A run that was asked to stop and did so in good order: nothing is lost, the same command goes on."""
+
+    def __init__(self, message: str, number: int | None = None):
+        """Exit code 130 after Ctrl-C, as shells expect; 42, "start me again", after SIGTERM."""
+        super().__init__(message)
+        self.exit_code = 130 if number == 2 else 42
+
+
 class BadRecord(Exception):
     """One record that cannot be used. It is skipped, counted under `reason` and logged with its `key`."""
 

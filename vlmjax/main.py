@@ -11,7 +11,7 @@ from absl import logging as absl_logging
 from ml_collections import config_flags
 
 from vlmjax.config import Config, check_overrides, validate
-from vlmjax.errors import RecipeError, UserError
+from vlmjax.errors import RecipeError, Stopped, UserError
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -93,12 +93,15 @@ def main(arguments: Sequence[str]) -> None:
         from vlmjax.training.loop import train
 
         train(recipe, _WORKDIR.value, profile=_PROFILE.value)
+    except Stopped as error:
+        print(error, file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     except UserError as error:
         logging.debug("stopped by", exc_info=True)
         _stop(error)
     except KeyboardInterrupt:
         print(
-            "stopped by Ctrl-C: the same command continues from the newest checkpoint",
+            "stopped by Ctrl-C: the same command continues from the newest checkpoint, if there is one",
             file=sys.stderr,
             flush=True,
         )

@@ -6,6 +6,7 @@ import pickle
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -156,7 +157,7 @@ def test_parquet_keeps_few_groups_and_reads_each_once(tmp_path, monkeypatch):
     source = ParquetSource([str(tmp_path / "x.parquet")])
     source._kept.clear()
     seen, real = [], source._read
-    monkeypatch.setattr(source, "_read", lambda block: seen.append(block) or real(block))
+    monkeypatch.setattr(source, "_read", lambda block, columns: seen.append(block) or real(block, columns))
     threads = [threading.Thread(target=lambda: [source[i] for i in range(12)]) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -225,3 +226,43 @@ def test_damaged_parquet(tmp_path):
     write_parquet(tmp_path / "void.parquet", table(1).slice(0, 0), 5)
     with pytest.raises(DataError, match="has no rows"):
         open_source(str(tmp_path / "void.parquet"))
+
+
+def test_parquet_groups_are_read_once_by_threads_in_step(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "x.parquet", table(60), 3)
+    source = ParquetSource([str(tmp_path / "x.parquet")])
+    source._kept.clear()
+    seen, real, bar, inside = [], source._read, threading.Barrier(8), source._keep
+
+    def read(*part):
+        seen.append(part[0])
+        return real(*part)
+
+    monkeypatch.setattr(source, "_read", read)
+    monkeypatch.setattr(source, "_keep", lambda *told: time.sleep(0.005) or inside(*told))
+
+    def go() -> None:
+        for block in range(20):
+            bar.wait(30)
+            source._batch(block, None)
+
+    threads = [threading.Thread(target=go) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(seen) == list(range(20)) and source._gates == {}
+
+
+def test_parquet_reads_only_the_columns_wanted(tmp_path, monkeypatch):
+    write_parquet(tmp_path / "x.parquet", table(12), 3)
+    source = ParquetSource([str(tmp_path / "x.parquet")])
+    source._kept.clear()
+    seen, real = [], source._read
+    monkeypatch.setattr(source, "_read", lambda *part: seen.append(part) or real(*part))
+    assert [source.key(i) for i in range(12)] == [f"id{i}" for i in range(12)]
+    assert seen == [(block, ("id",)) for block in range(4)]
+    assert {one.column_names[0] for one in source._kept.values()} == {"id"}
+    assert source.captions_at(4) == (caption(4),) and source[4].image == encoded(picture(4))
+    del seen[:]
+    assert source.key(3) == "id3" and source.captions_at(5) == (caption(5),) and seen == []

@@ -1,10 +1,12 @@
 """Conversion to shards: nothing lost, resumable, the same on Beam."""
 
+import errno
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -13,7 +15,10 @@ import pytest
 from helpers import caption, encoded, picture, shard, write_tar
 
 from vlmjax.data import convert, images
+from vlmjax.data.formats import tar_writer
+from vlmjax.data.record import Record
 from vlmjax.data.sources import open_source
+from vlmjax.errors import DataError
 
 PACKAGE = Path(__file__).parent.parent.parent
 
@@ -155,3 +160,42 @@ def test_on_beam(shards, tmp_path):
     convert.convert(convert.Job(shards, str(tmp_path / "here"), records=4))
     for path in (tmp_path / "here").glob("data-*"):
         assert path.read_bytes() == (tmp_path / "beam" / path.name).read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore")  # webdataset leaves the tar open
+def test_names_with_a_slash_and_repeated_keys(tmp_path):
+    """What webdataset itself reads, with nothing lost: no slash in an extension, no key twice."""
+    image = encoded(picture(0))
+    members = {"image/Format": b"png", "image_format": b"other", "PNG": b"not it", "text": b"no caption"}
+    with tar_writer.Writer(str(tmp_path / "x.tar")) as out:
+        for key in ("a", "a", "a-2", "b.c", "b_c"):
+            out.write(Record(key, image, ("one",), dict(members)))
+    source = open_source(str(tmp_path / "x.tar"))
+    got = [source[i] for i in range(len(source))]
+    assert [one.key for one in got] == ["a", "a-2", "a-2-2", "b_c", "b_c-2"]
+    for one in got:
+        assert one.image == image and one.captions == ("one",)
+        assert sorted(one.extra.values()) == sorted(members.values())
+        assert set(one.extra) == {"image_format", "image_format_2", "png_2", "text_2"}
+    webdataset = pytest.importorskip("webdataset")
+    read = list(webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False))
+    assert [one["__key__"] for one in read] == [one.key for one in got]
+
+
+def test_written_beside_the_target_and_a_full_disk(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "no such folder"))
+    job = convert.Job(shards, str(tmp_path / "out"), records=10)
+    assert job.write(0)["written"] == 10 and len(list((tmp_path / "out").iterdir())) == 2
+
+    def full(*given) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(tar_writer.Writer, "write", full)
+    with pytest.raises(DataError, match=r"cannot write .*data-00001.tar: the disk of .*out is full"):
+        job.write(1)
+    assert len(list((tmp_path / "out").iterdir())) == 2
+    remote = convert.Job(shards, "memory://made/out", records=10)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    with pytest.raises(DataError, match=r"is full; name another folder for temporary files with TMPDIR"):
+        remote.write(1)
+    assert not list(tmp_path.glob("vlmjax-convert-*"))

@@ -245,7 +245,7 @@ def test_a_cache_that_cannot_be_written_is_no_matter(tmp_path):
 
 @needs_compiler
 def test_many_processes_may_build_at_once(tmp_path):
-    code = "from vlmjax.data import resize; print(resize.choose('c').name, resize.choose('c').exact)"
+    code = "from vlmjax.data.pictures import resize; print(resize.choose('c').name, resize.choose('c').exact)"
     variables = {**os.environ, "VLMJAX_CACHE": str(tmp_path), "PYTHONPATH": ROOT}
     running = [
         subprocess.Popen([sys.executable, "-c", code], env=variables, stdout=subprocess.PIPE, text=True)

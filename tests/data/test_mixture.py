@@ -34,8 +34,9 @@ def test_shares():
     for sizes, mix, weights, told in [
         ([1], "root", (), "mix='root' is none of size, sqrt, equal"),
         ([1, 2], "size", (1.0,), "1 given for 2 sources"),
-        ([1, 2], "size", (1.0, 0.0), "above 0"),
-        ([1, 2], "size", (1.0, float("nan")), "above 0"),
+        ([1, 2], "size", (1.0, 0.0), "from 0.0001"),
+        ([1, 2], "size", (1e308, 1.0), "from 0.0001"),
+        ([1, 2], "size", (1.0, float("nan")), "from 0.0001"),
     ]:
         with pytest.raises(DataError, match=told):
             mixture.shares(sizes, mix, weights)

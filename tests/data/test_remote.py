@@ -4,13 +4,15 @@ import gzip
 import hashlib
 import http.server
 import os
+import pathlib
 import pickle
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
-from helpers import caption, encoded, picture, shard
+from helpers import caption, encoded, picture, shard, write_tar
 
 from vlmjax.data import index
 from vlmjax.data.record import Record
@@ -235,6 +237,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         data = path.read_bytes()
         self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
+        self.send_header("Last-Modified", self.date_time_string(path.stat().st_mtime))
         self.end_headers()
         if body:
             self.wfile.write(data[: len(data) // 2] if trouble == "cut" else data)
@@ -309,4 +312,161 @@ def test_a_silent_server_does_not_hold_it(tmp_path, monkeypatch):
 
 def test_localize_keeps_local_files_where_they_are(tmp_path):
     path = shard(tmp_path / "x.tar", 0, 1)
-    assert shards.localize(str(path)) == str(path)
+    with shards.localize(str(path)) as local:
+        assert local == str(path)
+
+
+def test_reads_by_many_threads_while_copies_go(monkeypatch):
+    """Room for three of eight files: no thread reads from another file that got the number of a closed one."""
+    memory = fsspec.filesystem("memory")
+    for k in range(8):
+        memory.pipe(f"/bucket/{k}.bin", bytes([65 + k]) * 50_000)
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", "150K")
+    many = shards.Shards([f"memory://bucket/{k}.bin" for k in range(8)])
+    wrong, real = [], os.pread
+
+    def slow(number: int, size: int, offset: int) -> bytes:
+        time.sleep(0.001)
+        return real(number, size, offset)
+
+    monkeypatch.setattr(shards.os, "pread", slow)
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+
+    def go(seed: int) -> None:
+        for k in np.random.default_rng(seed).integers(0, 8, 60).tolist():
+            try:
+                data = many.read(k, 49_000, 16, "key")
+            except BadRecord as error:
+                data = str(error)
+            if data != bytes([65 + k]) * 16:
+                wrong.append(data)
+
+    threads = [threading.Thread(target=go, args=(seed,)) for seed in range(12)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(60)
+    finally:
+        sys.setswitchinterval(before)
+    assert wrong == []
+
+
+def twins(folder) -> list[bytes]:
+    """Two tars of the same length with other keys and the members the other way round."""
+    first = {f"{k}.{e}": d for k in "abc" for e, d in (("png", encoded(picture(0))), ("txt", b"old"))}
+    second = {f"{k}.{e}": d for k in "xyz" for e, d in (("txt", b"new"), ("png", encoded(picture(1))))}
+    made = [write_tar(folder / "twin.tar", members).read_bytes() for members in (first, second)]
+    assert len(made[0]) == len(made[1])
+    return made
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_remote_shard_that_changed_gets_another_index(server, tmp_path, packed):
+    path, old_new = server.folder / ("x.tar.gz" if packed else "x.tar"), twins(tmp_path)
+    for when, data, keys in ((1e9, old_new[0], "abc"), (1.1e9, old_new[1], "xyz")):
+        path.write_bytes(gzip.compress(data) if packed else data)
+        os.utime(path, (when, when))
+        source = open_source(f"{server.url}/{path.name}")
+        assert [source[i].key for i in range(3)] == list(keys) and source[0].image.startswith(b"\x89PNG")
+
+
+def test_an_index_of_another_shard_of_the_same_size(server, tmp_path, cache):
+    """Seen only when the shard is there: an error that names it, then the remedy; never bytes at wrong places."""
+    old, new = twins(tmp_path)
+    (server.folder / "x.tar").write_bytes(old)
+    index.main([str(server.folder / "x.tar")])
+    (server.folder / "x.tar").write_bytes(new)
+    url = f"{server.url}/x.tar"
+    source = open_source(url)
+    other = pickle.loads(pickle.dumps(source))
+    with pytest.raises(BadRecord, match=r"x\.tar: its index .* --force http"):
+        source[0]
+    assert copies(cache) == set()
+    shards.Shards([url]).file(0)  # somebody else brings the shard
+    with pytest.raises(BadRecord, match=r"x\.tar: its index"):
+        other[0]
+    assert index.main(["--force", url]) == 0
+    for path in (cache / "shards").iterdir():
+        path.unlink()
+    assert [open_source(url)[i].key for i in range(3)] == ["x", "y", "z"]
+
+
+def test_shards_are_not_evicted_before_they_are_indexed(tmp_path, cache, monkeypatch):
+    """Twelve shards, room for two: each stays until its index is made."""
+    from vlmjax.data.formats import tar
+
+    spec, real = bucket(tmp_path, count=12, each=1, indexed=False), tar.index
+    size = max(os.path.getsize(tmp_path / f"x-{i}.tar") for i in range(12))
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", str(int(size * 2.5)))
+    monkeypatch.setattr(tar, "index", lambda path: time.sleep(0.02) or real(path))
+    source = open_source(spec)
+    assert [source.key(i) for i in range(12)] == [f"{i:06d}" for i in range(12)]
+
+
+def test_localize_holds_the_copy(monkeypatch):
+    memory = fsspec.filesystem("memory")
+    for name in "ab":
+        memory.pipe(f"/bucket/{name}.jsonl", name.encode() * 700)
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", "1K")
+    monkeypatch.setattr(shard_cache, "_PATIENCE", 0.2)
+    with shards.localize("memory://bucket/a.jsonl") as local:
+        with (
+            pytest.raises(DataError, match="all else in it is held"),
+            shards.localize("memory://bucket/b.jsonl"),
+        ):
+            pass
+        assert pathlib.Path(local).read_bytes() == b"a" * 700
+    with shards.localize("memory://bucket/b.jsonl") as local:
+        assert os.path.getsize(local) == 700
+
+
+def test_a_dead_shard_is_asked_for_once(server, cache, monkeypatch):
+    shard(server.folder / "x.tar", 0, 5)
+    source = open_source(f"{server.url}/x.tar")
+    for path in (cache / "shards").iterdir():
+        path.unlink()
+    server.trouble, before = [503] * remote.ATTEMPTS, len(server.asked)
+    for i in range(5):
+        with pytest.raises(BadRecord, match="cannot download"):
+            source[i]
+    assert len(server.asked) - before == remote.ATTEMPTS
+    monkeypatch.setattr(shards, "_GIVEN_UP", 0.0)
+    assert source[4].captions == (caption(4),)
+
+
+def test_remote_arrow_files_that_do_not_fit(tmp_path, cache, monkeypatch):
+    """Mapped files stay in the cache; too small a cache is told of at once."""
+    pa = pytest.importorskip("pyarrow")
+    table = pa.table({"image": [encoded(picture(0))], "caption": ["a"]})
+    for i in range(3):
+        with pa.OSFile(str(tmp_path / "x"), "wb") as sink, pa.ipc.new_stream(sink, table.schema) as out:
+            out.write_table(table)
+        fsspec.filesystem("memory").pipe(f"/bucket/{i}.arrow", (tmp_path / "x").read_bytes())
+    size = os.path.getsize(tmp_path / "x")
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", str(2 * size))
+    with pytest.raises(DataError, match=r"0\.arrow: its 3 file\(s\).*raise VLMJAX_CACHE_LIMIT"):
+        open_source("memory://bucket/{0..2}.arrow")
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", str(3 * size))
+    source = open_source("memory://bucket/{0..2}.arrow")
+    monkeypatch.setattr(shard_cache, "_PATIENCE", 0.2)
+    fsspec.filesystem("memory").pipe("/bucket/y", b"y")
+    with pytest.raises(DataError, match="held"), shards.localize("memory://bucket/y"):
+        pass
+    assert pickle.loads(pickle.dumps(source))[2].captions == source[2].captions == ("a",)
+
+
+def test_array_record_in_a_cache_for_two_of_six(tmp_path, cache, monkeypatch):
+    """Open readers hold their copies, so there must not be more of them than there is room for."""
+    pytest.importorskip("array_record")
+    from vlmjax.data.formats import arrayrecord
+
+    for i in range(6):
+        path = tmp_path / f"x-{i}.array_record"
+        arrayrecord.write(str(path), [Record(str(i), encoded(picture(0)), ("c",))])
+        fsspec.filesystem("memory").pipe(f"/bucket/{path.name}", path.read_bytes())
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", str(int(os.path.getsize(path) * 2.5)))
+    monkeypatch.setattr(shard_cache, "_PATIENCE", 0.5)
+    source = open_source("memory://bucket/x-{0..5}.array_record")
+    assert [source[i].key for i in (0, 1, 2, 3, 4, 5, 0)] == list("0123450")

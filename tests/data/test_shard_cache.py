@@ -241,3 +241,19 @@ def test_a_process_killed_while_it_writes(tmp_path):
 def test_pickled_it_is_the_same_cache(tmp_path):
     cache = shard_cache.shared_cache(str(tmp_path), 100)
     assert pickle.loads(pickle.dumps(cache)) is cache
+
+
+def test_a_part_that_is_finished_while_room_is_made(tmp_path, monkeypatch):
+    """Renamed between the look and the lock: neither an error, nor counted as removed."""
+    (tmp_path / "a.part").write_bytes(b"x" * 10)
+    real = shard_cache.fcntl.flock
+
+    def lock(number: int, how: int) -> None:
+        if (tmp_path / "a.part").exists():
+            os.replace(tmp_path / "a.part", tmp_path / "a")
+        real(number, how)
+
+    monkeypatch.setattr(shard_cache.fcntl, "flock", lock)
+    assert shard_cache._remove_unused(str(tmp_path / "a.part")) is False and names(tmp_path) == ["a"]
+    assert shard_cache._remove_unused(str(tmp_path / "a.part")) is False
+    assert shard_cache._remove_unused(str(tmp_path / "a")) is True and names(tmp_path) == []

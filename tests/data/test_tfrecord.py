@@ -152,13 +152,6 @@ def test_damage(tmp_path, caplog):
     assert len(source) == 4 and "cut off at byte" in caplog.text
     (tmp_path / "hole.tfrecord").write_bytes(b"".join(frames[:2]) + b"\0" * 40 + b"".join(frames[2:]))
     assert len(open_source(str(tmp_path / "hole.tfrecord"))) == 2 and "damaged at byte" in caplog.text
-    flipped = bytearray(b"".join(frames))
-    flipped[len(frames[0]) + 100] ^= 1
-    (tmp_path / "bit.tfrecord").write_bytes(flipped)
-    strict = tfrecord.TFRecordSource([str(tmp_path / "bit.tfrecord")], verify=True)
-    assert strict[0].captions == (caption(0),)
-    with pytest.raises(BadRecord, match="bad_crc"):
-        strict[1]
     for name, data in (("page", b"<html>" * 9), ("void", b"")):
         (tmp_path / f"{name}.tfrecord").write_bytes(data)
         with pytest.raises(DataError, match="not a TFRecord file|hold no record"):

@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -241,3 +242,30 @@ def test_numbers_of_the_index_are_small(tmp_path):
     )
     assert kinds == (np.uint32, np.uint32, np.uint8, np.uint16)
     assert samples.columns["width"].tolist() == [48] * 10 and samples.columns["height"].tolist() == [40] * 10
+
+
+def _with_size(name: str, field: bytes) -> bytes:
+    """A header whose size is `field`, with the right checksum."""
+    header = bytearray(tarfile.TarInfo(name).tobuf(tarfile.USTAR_FORMAT))
+    header[124:136] = field.ljust(12, b"\0")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    return bytes(header)
+
+
+@pytest.mark.parametrize("size", ["-1536", "x", "1" * 30, "1_0", b"zz", b"-7", b"\xff" * 12])
+def test_sizes_that_are_none(tmp_path, caplog, size):
+    """The files before them are used; nothing is read backwards, for ever, or fails without a name."""
+    first = write_tar(tmp_path / "x.tar", {"a.txt": b"abc"}).read_bytes()[:1024]
+    if isinstance(size, str):
+        with tarfile.open(tmp_path / "y.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+            info = tarfile.TarInfo("b.txt")
+            info.pax_headers = {"size": size}
+            tar.addfile(info)
+        second, at = (tmp_path / "y.tar").read_bytes(), 2048
+    else:
+        second, at = _with_size("b.txt", size) + b"\0" * 1024, 1024
+    (tmp_path / "x.tar").write_bytes(first + second)
+    found = itertools.islice(tars.members(str(tmp_path / "x.tar")), 9)
+    assert [member.name for member in found] == ["a.txt"] and f"damaged at byte {at}" in caplog.text
+    assert tars.index(str(tmp_path / "x.tar")).count == 1

@@ -293,3 +293,23 @@ def test_starting_from_an_exported_model(uninterrupted, tmp_path):
 
 def test_environment_is_that_of_the_test():
     assert os.environ["JAX_COMPILATION_CACHE_DIR"]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])
+def test_asked_to_stop_it_saves_and_goes_on_from_there(uninterrupted, tmp_path, number, code):
+    """Ctrl-C and SIGTERM between checkpoints: nothing is done twice, and the end is that of the undisturbed run."""
+    folder, recipe, _, _ = uninterrupted
+    never = "--config.checkpoint.every.steps=1000"
+    process = start(recipe, tmp_path / "run", never)
+    deadline = time.monotonic() + 240
+    while not (tmp_path / "run" / "metrics.jsonl").exists() or not tiny.rows(tmp_path / "run"):
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()
+        time.sleep(0.002)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=240)
+    assert process.returncode == code, out + err
+    (step,) = (int(path.name) for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit())
+    assert err.endswith(f"stopped at step {step}, which is saved: the same command continues from there\n")
+    out, _ = run(recipe, tmp_path / "run", never)
+    assert f"steps       {step} to 14 (continued)" in out
+    assert exact(tmp_path / "run") == exact(folder / "run")

@@ -12,6 +12,7 @@ from typing import Any
 
 from vlmjax.errors import UserError
 
+_MOST = {"image_size": 4096, "length": 100_000, "batch_size": 100_000, "steps": 1_000_000}
 SETTLE = 2  # batches before the clock starts: threads, caches and the first decoding are set up
 
 
@@ -124,10 +125,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = vars(parser.parse_args(argv))
     out = given.pop("out")
     for name in ("image_size", "length", "batch_size", "steps"):
-        if given[name] < 1:
-            parser.error(f"--{name.replace('_', '-')}={given[name]}: expected at least 1")
+        if not 1 <= given[name] <= _MOST[name]:
+            parser.error(f"--{name.replace('_', '-')}={given[name]}: expected 1 to {_MOST[name]}")
+    for name in ("threads", "processes"):
+        if given[name] is not None and not 0 <= given[name] <= 256:
+            parser.error(f"--{name}={given[name]}: expected 0 to 256")
     if not 0 < given["crop"] <= 1:
         parser.error(f"--crop={given['crop']}: expected above 0, at most 1")
+    size = given["tokenizer"].removeprefix("bpe:")
+    if size != given["tokenizer"] and not (size.isdigit() and int(size) >= 514):
+        parser.error(f"--tokenizer={given['tokenizer']}: expected 'bpe:' and a number from 514")
+    if out and not os.path.isdir(os.path.dirname(os.path.abspath(out))):
+        parser.error(f"--out={out}: its folder does not exist")
     try:
         row = measure(**given)
     except UserError as error:

@@ -3,13 +3,16 @@
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
+import errno
 import functools
 import json
 import os
+import socket
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -74,16 +77,13 @@ class Job:
         if done is not None and _exists(self.name(shard)):
             return json.loads(done)
         source, counts = _source(self.spec, self.exclude), collections.Counter()
-        with tempfile.TemporaryDirectory(prefix="vlmjax-convert-") as folder:
-            made = os.path.join(folder, "shard" + FORMATS[self.format])
-            with _writer(self.format, made) as out:
-                for index in self.indices(shard).tolist():
-                    try:
-                        out.write(self._prepared(source[index]))
-                        counts["written"] += 1
-                    except BadRecord as error:
-                        counts[error.reason] += 1
-            _publish(made, self.name(shard))
+        with _in_the_making(self.name(shard)) as made, _writer(self.format, made) as out:
+            for index in self.indices(shard).tolist():
+                try:
+                    out.write(self._prepared(source[index]))
+                    counts["written"] += 1
+                except BadRecord as error:
+                    counts[error.reason] += 1
         _put(counts_at, json.dumps(dict(counts)).encode())
         return dict(counts)
 
@@ -136,27 +136,43 @@ def _read(path: str) -> bytes | None:
         return None
 
 
-def _publish(made: str, target: str) -> None:
-    """Put a finished file at its place in one step: renamed where that is a local folder, uploaded elsewhere."""
+@contextlib.contextmanager
+def _in_the_making(target: str) -> Iterator[str]:
+    """A local path to write to, which becomes the target in one step: renamed or, where that is elsewhere, uploaded.
+
+    Raises:
+        DataError: it cannot be written, as on a full disk.
+    """
     filesystem, inner = _filesystem(target)
+    local, made = "file" in filesystem.protocol, ""
     try:
         filesystem.makedirs(os.path.dirname(inner), exist_ok=True)
-        if "file" in filesystem.protocol:
-            partial = f"{inner}.{os.getpid()}.part"  # beside the target: a rename must not cross disks
-            filesystem.put_file(made, partial)
-            os.replace(partial, inner)
+        # Beside the target: a rename must not cross disks, and the temporary folder may be too small for a shard.
+        made = f"{inner}.{socket.gethostname()}-{os.getpid()}.part" if local else _temporary()
+        yield made
+        if local:
+            os.replace(made, inner)
         else:
             filesystem.put_file(made, inner)
     except OSError as error:
-        raise DataError(f"cannot write {target}: {error}") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        where = f"the disk of {os.path.dirname(made)} is full" if full else str(error)
+        hint = "; name another folder for temporary files with TMPDIR" if full and not local else ""
+        raise DataError(f"cannot write {target}: {where}{hint}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            os.unlink(made)
+
+
+def _temporary() -> str:
+    descriptor, path = tempfile.mkstemp(prefix="vlmjax-convert-")
+    os.close(descriptor)
+    return path
 
 
 def _put(path: str, data: bytes) -> None:
-    with tempfile.TemporaryDirectory(prefix="vlmjax-convert-") as folder:
-        made = os.path.join(folder, "file")
-        with open(made, "wb") as out:
-            out.write(data)
-        _publish(made, path)
+    with _in_the_making(path) as made, open(made, "wb") as out:
+        out.write(data)
 
 
 def convert(job: Job, workers: int = 0, beam: Sequence[str] | None = None) -> dict[str, int]:

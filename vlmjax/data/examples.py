@@ -93,5 +93,7 @@ class Examples:
         """Pixels, caption, key and bytes read of one example at one position of the run."""
         pixels, record, size = self._pixels(self.source, index)
         rng = self._generators.at(position)
-        text = self._rule(record.captions, rng, record.extra)
+        caption, text = self._rule(record.captions, rng, record.extra)
+        # A field that a template names may hold half a surrogate pair, which no tokenizer takes.
+        text = Text(caption, text.encode("utf-8", "replace").decode())
         return self._transform(pixels, rng), text, record.key, size

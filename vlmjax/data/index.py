@@ -79,15 +79,15 @@ def _one(path: str, cache: str | None, force: bool) -> str:
 
     begin = time.perf_counter()
     shards, build = Shards([path], cache), kinds.builder(path)
-    local, _ = shards.file(0)
     far = files.is_remote(path)
-    place = shard_index.place_in_cache(path, shards.folder) if cache or far else path + shard_index.ENDING
-    found = None if force else shard_index.find([place], lambda index: index.fits(local))
-    done = "already indexed" if found else "indexed"
-    if found is None:
-        found = shard_index.make(local, place, build)
-        if not found.path:
-            raise DataError(f"cannot write {place}: name another folder with --cache")
+    place = shards.index_place(0) if cache or far else path + shard_index.ENDING
+    with shards.held(0) as local:
+        found = None if force else shard_index.find([place], lambda index: index.fits(local))
+        done = "already indexed" if found else "indexed"
+        if found is None:
+            found = shard_index.make(local, place, build)
+    if not found.path:
+        raise DataError(f"cannot write {place}: name another folder with --cache")
     spent = time.perf_counter() - begin
     told = "".join(f"; {note}" for note in found.notes)
     return f"{done}, {found.count:,} samples, {os.path.getsize(found.path):,} bytes, {spent:.2f} s{told}"

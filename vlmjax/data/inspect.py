@@ -154,7 +154,9 @@ def run(options: argparse.Namespace) -> int:
 def main(arguments: list[str] | None = None) -> None:
     """Run; user errors end as one line and a documented exit code."""
     options = make_parser().parse_args(arguments)
-    logging.getLogger("vlmjax.data.loader").setLevel(logging.ERROR)  # the rows say what was skipped
+    skips = logging.getLogger("vlmjax.data.loader")
+    before = skips.level
+    skips.setLevel(logging.ERROR)  # the rows say what was skipped
     try:
         run(options)
     except UserError as error:
@@ -163,6 +165,8 @@ def main(arguments: list[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("stopped by Ctrl-C", file=sys.stderr, flush=True)
         sys.exit(130)
+    finally:
+        skips.setLevel(before)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from vlmjax.errors import DataError
 MIXES = ("size", "sqrt", "equal")
 _PATTERN = 0x6D6978  # keeps the draws of the pattern apart from those of the epochs
 _SHORTEST, _LONGEST = 1_000, 1_000_000
+_LEAST = 1e-4  # of a weight, and its inverse the most: a share far smaller would be rounded to one place in a cycle
 _SEEN_PER_CYCLE = 10  # of the rarest source: rounds its share by at most one part in twenty
 
 
@@ -75,9 +76,9 @@ def shares(sizes: Sequence[int], mix: str = "size", weights: Sequence[float] = (
         raise DataError(
             f"weights={tuple(weights)!r}: {len(weights)} given for {len(sizes)} sources, one each wanted"
         )
-    if not all(math.isfinite(weight) and weight > 0 for weight in weights):
+    if not all(_LEAST <= weight <= 1 / _LEAST for weight in weights):
         raise DataError(
-            f"weights={tuple(weights)!r}: expected numbers above 0; to leave a source out, do not name it"
+            f"weights={tuple(weights)!r}: expected numbers from 0.0001 to 10,000; to leave a source out, do not name it"
         )
     power = {"size": 1.0, "sqrt": 0.5, "equal": 0.0}[mix]
     raw = [size**power * weight for size, weight in zip(sizes, weights or [1.0] * len(sizes), strict=True)]

@@ -99,7 +99,7 @@ def show(rows: list[Row], batch: dict[str, np.ndarray], facts: dict[str, Any]) -
     from rich.markup import escape
     from rich.table import Table
 
-    console = Console()
+    console = Console(emoji=False)
     title = f"step {facts['step']} of {facts['data']}"
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
     for name, side in (

@@ -100,7 +100,7 @@ def show(result: dict[str, Any]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console()
+    console = Console(emoji=False)
     part = f"{result['records']:,} of " if result["records"] < result["of"] else ""
     title = f"{part}{result['of']:,} records of {', '.join(result['data'])}"
     if result["stopped_early"]:

@@ -21,7 +21,7 @@ from vlmjax.data.augment import TrainTransform
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.plan import permute
 from vlmjax.data.sources import Source, captions_of, open_sources
-from vlmjax.errors import BadRecord, CheckpointError, DataError, HubError, RecipeError
+from vlmjax.errors import CheckpointError, DataError, HubError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
@@ -49,7 +49,11 @@ def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
     """The sources that `recipe.data` names, and the share of the run that each supplies."""
     with naming("data.train"):
         size, exclude = recipe.model.image.image_size, recipe.data.exclude or None
-        sources = open_sources(recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude)
+        columns = {
+            "image_column": recipe.data.image_column or None,
+            "caption_columns": tuple(recipe.data.caption_columns) or None,
+        }
+        sources = open_sources(recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude, **columns)
     with naming("data.weights"):
         return sources, mixture.shares(
             [len(source) for source in sources], recipe.data.mix, recipe.data.weights
@@ -115,7 +119,7 @@ def _captions(source: Source) -> Iterator[str]:
     for i in order.tolist():
         try:
             captions = captions_of(source, i)[:left]
-        except BadRecord:
+        except Exception:  # of whatever kind: training meets this record again, counts it and says why
             captions = ()
         yield from captions
         left -= max(len(captions), 1)  # records without any count too: the search ends

@@ -25,6 +25,7 @@ from vlmjax.training.optimizer import make_optimizer, make_schedule
 from vlmjax.training.report import write_report
 from vlmjax.training.start import announce, start_state
 from vlmjax.training.step import make_train_step
+from vlmjax.training.stop import StopRequest
 from vlmjax.training.workdir import Workdir
 
 STAGES = {"contrastive": Contrastive}
@@ -107,6 +108,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     recent: deque = deque(maxlen=2)
     pending: tuple[int, Any] | None = None
     results: dict[str, float] = {}
+    stop = StopRequest()
 
     # Loop. The metrics of a step are fetched after the next one has been started, so the device never waits for them.
     try:
@@ -148,16 +150,19 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
                     )  # what was learned is not lost with the score
                     raise
                 log.write(step, results)
-            if lengths.due("checkpoint", step) or last:
+            if lengths.due("checkpoint", step) or last or stop.number:
                 _check(pending, recent, folder)
                 checkpoints.save(step, state, data.state, measured)
                 folder.sync()
+            if stop.number and not last:
+                stop.raise_at(step)
             if (lengths.due("eval", step) or lengths.due("report", step)) and not last and first:
                 write_report(folder.local)
                 folder.sync()
             if lengths.due("eval", step) or lengths.due("checkpoint", step):
                 clock.restart()
     finally:
+        stop.close()
         trace.close()
         bar.close()
         log.close()

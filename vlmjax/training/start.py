@@ -83,5 +83,11 @@ def announce(
     print(f"pictures    {backend}")
     trainable, frozen = count(state.params), count(state.frozen)
     print(f"parameters  {trainable + frozen:,} ({trainable:,} trained, {frozen:,} frozen)")
-    print(f"steps       {start} to {lengths.total}" + (" (continued)" if start else ""))
-    print(format_table(recipe.sharding, merge(state.params, state.frozen), mesh), flush=True)
+    over = start >= lengths.total
+    print(
+        f"steps       {start} to {lengths.total}"
+        + (" (done before)" if over else " (continued)" if start else "")
+    )
+    print(format_table(recipe.sharding, merge(state.params, state.frozen), mesh))
+    if not over:
+        print("the first step compiles the program, which takes a while", flush=True)

@@ -130,12 +130,12 @@ class ArrayRecordSource(IndexedShards):
             if found is not None:
                 self._readers.move_to_end(shard)
                 return found
+            while len(self._readers) >= self._shards.room(_READERS):  # before: what is held makes no room
+                self._readers.popitem(last=False)
         path, copy = self._shards.file(shard)
         found = _open(path), copy
         with self._opening:
             self._readers[shard] = found
-            if len(self._readers) > _READERS:
-                self._readers.popitem(last=False)
         return found
 
     def _spare_key(self, i: int) -> str:

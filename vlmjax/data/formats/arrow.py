@@ -73,10 +73,7 @@ class ColumnSource:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def _batch(self, block: int, columns: Sequence[str] | None) -> Any:
-        """The table or batch of one block of rows. Raises BadRecord."""
-        raise NotImplementedError
-
-    def _file_of(self, block: int) -> int:
+        """The table or batch of one block of rows, with these columns at least. Raises BadRecord."""
         raise NotImplementedError
 
     def _place(self, i: int) -> tuple[int, int]:
@@ -146,7 +143,8 @@ class ArrowSource(ColumnSource):
         """
         self.paths, self.name, self._shards = list(paths), name or paths[0], Shards(paths, cache)
         self._load = rows.Loader(root or os.path.dirname(os.path.abspath(paths[0])), cache)
-        self._mapping, self._batches = threading.Lock(), None
+        self._mapping, self._batches, self._copies = threading.Lock(), None, []
+        self._shards.must_fit_together()
         batches = self._all()
         self._ends = np.cumsum([batch.num_rows for _, batch in batches], dtype=np.int64)
         digest = hashlib.sha256()
@@ -165,8 +163,10 @@ class ArrowSource(ColumnSource):
     def _mapped(self, i: int) -> list[Any]:
         package = arrow()
         try:
-            # A mapping outlives the file's removal from the cache, so the copy need not be held.
-            data = package.memory_map(self._shards.file(i)[0])
+            # A mapping outlives the file's removal, and would take room then that the cache knows nothing of.
+            path, copy = self._shards.file(i)
+            self._copies.append(copy)
+            data = package.memory_map(path)
             try:
                 return list(package.ipc.open_stream(data))
             except package.ArrowInvalid:
@@ -180,7 +180,7 @@ class ArrowSource(ColumnSource):
 
     def __getstate__(self) -> dict[str, Any]:
         """A worker process maps the files itself."""
-        return self.__dict__ | {"_mapping": None, "_batches": None}
+        return self.__dict__ | {"_mapping": None, "_batches": None, "_copies": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As it was, with nothing mapped."""

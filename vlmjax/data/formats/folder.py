@@ -1,6 +1,7 @@
 """Images in a folder: listed by a jsonl, csv or tsv table, or with a text file beside each."""
 
 import csv
+import functools
 import hashlib
 import io
 import json
@@ -80,16 +81,17 @@ class TableSource:
             DataError: empty, damaged, or without the columns wanted (the message lists those there are).
         """
         self.path, self.name = path, name or path
-        local = shards.localize(path, cache)
         parent = (
             path.split("?")[0].rpartition("/")[0]
             if files.is_remote(path)
             else os.path.dirname(os.path.abspath(path))
         )
         self._load = rows.Loader(root or parent, cache)
-        found = (
-            _read_json_lines(local) if local.lower().endswith((".jsonl", ".json")) else _read_delimited(local)
-        )
+        with shards.localize(path, cache) as local:
+            lines = local.lower().endswith((".jsonl", ".json"))
+            found = _read_json_lines(local) if lines else _read_delimited(local)
+            with open(local, "rb") as data:
+                self.fingerprint = hashlib.file_digest(data, "sha256").hexdigest()[:16]
         if not found:
             raise DataError(f"{path} has no rows")
         first = next((row for row in found if isinstance(row, dict)), {})
@@ -97,8 +99,6 @@ class TableSource:
             path, first, image_column=image_column, caption_columns=caption_columns
         )
         self._rows = found
-        with open(local, "rb") as data:
-            self.fingerprint = hashlib.file_digest(data, "sha256").hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -138,21 +138,31 @@ class PairFolder:
         """List the folder. Raises DataError when there is no image in it."""
         self.name, self._folder = name or folder, folder
         self._load = rows.Loader(folder)
-        self._images = sorted(
+        listed = [
             os.path.relpath(os.path.join(where, file), folder)
             for where, _, found in os.walk(folder)
             for file in found
-            if file.rpartition(".")[2].lower() in IMAGE_EXTENSIONS and not file.startswith(".")
+            if not file.startswith(".")
+        ]
+        self._images = sorted(p for p in listed if p.rpartition(".")[2].lower() in IMAGE_EXTENSIONS)
+        stems = {os.path.splitext(path)[0] for path in self._images}
+        self._texts = sorted(
+            p for p in listed if p.endswith((".txt", ".json")) and p[: p.rindex(".")] in stems
         )
         if not self._images:
             raise DataError(
                 f"{folder} holds neither a table ({', '.join(TABLES)}), nor tar files, nor images"
             )
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """Changes with the list of images."""
-        return hashlib.sha256("\n".join(self._images).encode()).hexdigest()[:16]
+        """Changes with the names and the sizes of the images and of what is written beside them."""
+        digest = hashlib.sha256()
+        for path in (*self._images, *self._texts):
+            digest.update(
+                f"{path}|{_size(os.path.join(self._folder, path))}\n".encode("utf-8", "surrogateescape")
+            )
+        return digest.hexdigest()[:16]
 
     def __len__(self) -> int:
         """Number of images."""
@@ -175,6 +185,14 @@ class PairFolder:
         if os.path.exists(stem + ".json"):
             captions += captions_of(parse_json(self._load.read(key + ".json", key), key))
         return tidy(captions)
+
+
+def _size(path: str) -> int:
+    """Bytes of a file; -1 for one that cannot be asked, as a broken link, which is counted when it is read."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
 
 
 def _read_json_lines(path: str) -> list[Any]:

@@ -18,6 +18,7 @@ from vlmjax.data.storage.shards import Shards
 from vlmjax.errors import BadRecord, DataError
 
 CACHE_BYTES = 2 << 30
+_Part = tuple[int, tuple[str, ...]]  # a row group and its columns, () for all
 _SPLITS = re.compile(r"^(train|test|val|valid|validation|dev)\b", re.IGNORECASE)
 
 
@@ -77,8 +78,8 @@ class ParquetSource(ColumnSource):
         self.paths, self.name, self._shards = list(paths), name or paths[0], Shards(paths, cache)
         self._load = rows.Loader(root or os.path.dirname(os.path.abspath(paths[0])), cache)
         self._limit, self._lock = cache_bytes, threading.Lock()
-        self._kept: OrderedDict[int, Any] = OrderedDict()
-        self._gates: dict[int, threading.Lock] = {}
+        self._kept: OrderedDict[_Part, Any] = OrderedDict()
+        self._gates: dict[_Part, threading.Lock] = {}
         self._groups: list[tuple[int, int]] = []
         counts, digest = [], hashlib.sha256()
         with ThreadPoolExecutor(min(16, len(self.paths))) as pool:
@@ -115,33 +116,49 @@ class ParquetSource(ColumnSource):
         from pyarrow import parquet
 
         try:
-            return parquet.ParquetFile(self._shards.file(i)[0])
+            with self._shards.held(
+                i
+            ) as local:  # once open it can be read to the end, whatever becomes of its name
+                return parquet.ParquetFile(local)
         except (OSError, package.ArrowInvalid) as error:
             raise DataError(f"{self.paths[i]} is not a whole parquet file: {error}") from error
 
     def _batch(self, block: int, columns: Sequence[str] | None) -> Any:
+        """All of a group, where it is kept; else only the columns wanted, which are far smaller than the images."""
+        part = block, tuple(columns or ())
+        kept = self._look(part)
+        if kept is not None:
+            return kept
         with self._lock:
-            kept = self._kept.get(block)
-            if kept is not None:
-                self._kept.move_to_end(block)
-                return kept
-            gate = self._gates.setdefault(block, threading.Lock())
+            gate = self._gates.setdefault(part, threading.Lock())
         with gate:
-            kept = self._kept.get(block)
+            kept = self._look(part)
             if kept is None:
-                kept = self._read(block)
-        with self._lock:
-            self._gates.pop(block, None)
-            self._kept[block] = kept
-            while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > self._limit:
-                self._kept.popitem(last=False)
+                kept = self._read(*part)
+                self._keep(part, kept)
         return kept
 
-    def _read(self, block: int) -> Any:
+    def _look(self, part: _Part) -> Any:
+        with self._lock:
+            for name in ((part[0], ()), part):
+                if name in self._kept:
+                    self._kept.move_to_end(name)
+                    return self._kept[name]
+        return None
+
+    def _keep(self, part: _Part, table: Any) -> None:
+        with self._lock:
+            self._kept[part] = table
+            self._gates.pop(part, None)
+            while len(self._kept) > 1 and sum(t.nbytes for t in self._kept.values()) > self._limit:
+                self._kept.popitem(last=False)
+
+    def _read(self, block: int, columns: tuple[str, ...]) -> Any:
         file, group = self._groups[block]
         package = arrow()
         try:
-            return self._open(file).read_row_group(group, use_threads=False).combine_chunks()
+            open_file = self._open(file)
+            return open_file.read_row_group(group, list(columns) or None, use_threads=False).combine_chunks()
         except (OSError, DataError, package.ArrowException) as error:
             raise BadRecord(
                 "unreadable_shard", f"{self.name}:{block}", f"{self.paths[file]}: {error}"

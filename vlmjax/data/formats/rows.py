@@ -1,5 +1,6 @@
 """From a row of named values (of a table, a parquet file, a dataset) to a record: pairs, conversations, documents."""
 
+import contextlib
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -102,8 +103,8 @@ def _column(where: str, row: Row, names: Sequence[str], what: str, option: str) 
         return found
     have, wanted = ", ".join(map(str, row)) or "none", ", ".join(names)
     raise NoColumn(
-        f"{where} has no column for {what}: looked for {wanted}; it has {have}; rename its column, or in Python "
-        f"name it with {option}"
+        f"{where} has no column for {what}: looked for {wanted}; it has {have}; rename its column, or "
+        f"name it with {option} (config.data.{option} of a recipe)"
     )
 
 
@@ -214,9 +215,10 @@ class Loader:
         if not files.is_remote(path):
             path = f"{self._root}/{path}" if files.is_remote(self._root) else os.path.join(self._root, path)
         try:
-            if files.is_remote(path):
-                path = shards.localize(path, self._cache)
-            with open(path, "rb") as data:
+            near = (
+                shards.localize(path, self._cache) if files.is_remote(path) else contextlib.nullcontext(path)
+            )
+            with near as local, open(local, "rb") as data:
                 return data.read()
         except FileNotFoundError as error:
             raise BadRecord("missing_file", key, path) from error

@@ -13,6 +13,8 @@ from vlmjax.errors import DataError
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _READ_AHEAD = 1 << 14
+_LARGEST = 1 << 62  # bytes of a member: what says more is damaged
+_LONGEST_HEADER = 1 << 24  # of a long name or of a pax header
 Found = tuple[str, str, int, int, tuple[int, int] | None]
 _log = logging.getLogger(__name__)
 
@@ -83,13 +85,19 @@ def _members(path: str, window: Window, length: int, warn: Callable[[str], None]
             warn(f"damaged at byte {position}; using the {found} files before it")
             return
         kind, size = header[156:157], _number(header[124:136])
+        if kind not in (b"L", b"x", b"g") and "size" in pax:
+            size = _decimal(pax["size"])
+        if size is None or (kind in (b"L", b"x") and size > _LONGEST_HEADER):
+            if position == 0:
+                raise DataError(f"{path} is not a tar file (its first header does not add up)")
+            warn(f"damaged at byte {position} (a size that is none); using the {found} files before it")
+            return
         start = position + _BLOCK
         if kind == b"L":
             long_name = window.read(start, size).rstrip(b"\0").decode("utf-8", "replace")
         elif kind == b"x":
             pax = _pax(window.read(start, size), warn)
         elif kind != b"g":
-            size = int(pax.get("size", size))
             if kind in _REGULAR:
                 found += 1
                 yield Member(pax.get("path") or long_name or _ustar_name(header), start, size)
@@ -110,11 +118,18 @@ def _checksum_is_right(header: bytes) -> bool:
     return sum(header) - sum(header[148:156]) + 8 * 32 == expected
 
 
-def _number(field: bytes) -> int:
-    """Octal, or base 256 when the top bit is set (GNU, for sizes from 8 GiB)."""
+def _number(field: bytes) -> int | None:
+    """Octal, or base 256 when the top bit is set (GNU, for sizes from 8 GiB); None for what is no size."""
     if field[0] & 0x80:
-        return int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
-    return int(field.split(b"\0")[0].strip() or b"0", 8)
+        value = int.from_bytes(bytes([field[0] & 0x7F]) + field[1:], "big")
+        return value if value < _LARGEST else None
+    digits = field.split(b"\0")[0].strip() or b"0"
+    return int(digits, 8) if not digits.strip(b"01234567") else None
+
+
+def _decimal(text: str) -> int | None:
+    """A size in a pax header; None for what is none."""
+    return int(text) if text.isascii() and text.isdigit() and len(text) < 19 else None
 
 
 def _pax(data: bytes, warn: Callable[[str], None]) -> dict[str, str]:

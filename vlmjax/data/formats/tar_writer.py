@@ -2,12 +2,15 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import tarfile
+from collections.abc import Container
 from typing import Any
 
 import numpy as np
 
+from vlmjax.data.formats.fields import TEXT_EXTENSIONS
 from vlmjax.data.record import Record
 from vlmjax.errors import BadRecord, DataError
 
@@ -28,11 +31,13 @@ class Writer:
     """Writes records to one tar: `with Writer(path) as out: out.write(record)`.
 
     A sample is key.jpg (or what the image is), key.txt with the first caption, key.json with all captions where
-    there are several and whatever else the record knows; members the record was read with keep their names.
+    there are several and whatever else the record knows; members the record was read with keep their names, in lower
+    case and with "_" for "/". A key that this tar has already gets "-2", "-3", ...: webdataset refuses it otherwise.
     """
 
     def __init__(self, path: str):
         """Begin the file."""
+        self._keys: set[str] = set()
         self._tar = tarfile.open(path, "w", format=tarfile.GNU_FORMAT)
 
     def write(self, record: Record) -> None:
@@ -47,8 +52,10 @@ class Writer:
                 f"{record.key}: has several images, which a tar sample cannot order: use --format=array_record"
             )
         members = _members(record)  # all of them or none: what fails, fails before anything is written
+        key = _unused(_tar_key(record.key), self._keys, "-")
+        self._keys.add(key)
         for extension, data in members.items():
-            info = tarfile.TarInfo(f"{_tar_key(record.key)}.{extension}")
+            info = tarfile.TarInfo(f"{key}.{extension}")
             info.size = len(data)
             self._tar.addfile(info, io.BytesIO(data))
 
@@ -68,6 +75,12 @@ def _tar_key(key: str) -> str:
     return "/".join(parts)
 
 
+def _unused(name: str, used: Container[str], mark: str) -> str:
+    """The name, with a number from 2 on after it where it is used already."""
+    numbered = (f"{name}{mark}{count}" for count in itertools.count(2))
+    return name if name not in used else next(other for other in numbered if other not in used)
+
+
 def _members(record: Record) -> dict[str, bytes]:
     """Extension -> bytes of one sample."""
     out: dict[str, bytes] = {}
@@ -80,7 +93,9 @@ def _members(record: Record) -> dict[str, bytes]:
     for name in record.extra:
         value = record.extra[name]
         if isinstance(value, bytes):
-            out[name] = value
+            # Read back, a member called so would be a caption; "json" is where captions were, and goes through.
+            taken = (*out, *TEXT_EXTENSIONS)
+            out[_unused(name.replace("/", "_").lower() or "bytes", taken, "_")] = value
         else:
             rest[name] = value
     if "json" not in out and (rest or len(record.captions) > 1):

@@ -85,7 +85,6 @@ class TFRecordSource(IndexedShards):
         root: str | None = None,
         name: str = "",
         cache: str | None = None,
-        verify: bool = False,
     ):
         """Index the files.
 
@@ -95,13 +94,11 @@ class TFRecordSource(IndexedShards):
             root: folder of images, where the feature is a path.
             name: of the source.
             cache: the cache folder.
-            verify: check each record's CRC, which takes about 0.1 ms per KB.
 
         Raises:
             DataError: unreadable, no TFRecord file, without records, or without the features wanted.
         """
         super().__init__(paths, index, name=name, cache=cache)
-        self._verify = verify
         self._load = rows.Loader(root or os.path.dirname(os.path.abspath(paths[0])), cache)
         if not len(self):
             raise DataError(f"{self.name}: {len(self.paths)} TFRecord file(s) hold no record")
@@ -120,10 +117,7 @@ class TFRecordSource(IndexedShards):
         shard, at = self.place(i)
         key = self.key(i)
         offset, size = self.samples(shard).parts(at)["record"]
-        data = self._shards.read(shard, offset, size + _TAIL, key)
-        if self._verify and masked_crc(data[:size]) != struct.unpack("<I", data[size:])[0]:
-            raise BadRecord("bad_crc", key, self.paths[shard])
-        return tfexample.simple(tfexample.parse(data[:size], key))
+        return tfexample.simple(tfexample.parse(self._shards.read(shard, offset, size, key), key))
 
     def __getitem__(self, i: int) -> Record:
         """Record i. Raises BadRecord."""

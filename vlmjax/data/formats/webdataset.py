@@ -162,7 +162,7 @@ class IndexedShards:
             part = values[begin : begin + index.count]
             begin += index.count
             self._indexes[shard] = shard_index.with_column(
-                index, samples, name, part, shard_index.place_in_cache(self.paths[shard], self._shards.folder)
+                index, samples, name, part, self._shards.index_place(shard)
             )
 
     def __getstate__(self) -> dict[str, Any]:

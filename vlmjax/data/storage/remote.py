@@ -109,7 +109,17 @@ def info(url: str) -> Info | None:
 
 
 def _info(entry: dict[str, Any]) -> Info:
-    named = ("mtime", "updated", "created", "LastModified", "ETag", "etag", "md5Hash", "generation")
+    named = (
+        "mtime",
+        "updated",
+        "created",
+        "LastModified",
+        "ETag",
+        "etag",
+        "md5Hash",
+        "generation",
+        "blob_id",
+    )
     # Times come as numbers or as datetimes, depending on how the entry was asked for; only one of both is a version.
     version = "|".join(str(entry.get(n)) for n in named if n in entry and n not in ("created",))
     size = entry.get("size")

@@ -256,13 +256,15 @@ def _lock_part(path: str) -> int | None:
 
 
 def _remove_unused(path: str) -> bool:
-    """Unlink a file nobody has locked. False when it is in use; True also when it went by itself."""
+    """Unlink a file nobody has locked. False when it is in use or finished, so renamed; True also when it is gone."""
     try:
         number = os.open(path, os.O_RDONLY)
     except FileNotFoundError:
-        return True
+        return not path.endswith(".part")
     try:
         fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _is_at(number, path):
+            return os.fstat(number).st_nlink == 0
         os.unlink(path)
         return True
     except (BlockingIOError, PermissionError):

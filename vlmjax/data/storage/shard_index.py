@@ -60,8 +60,8 @@ class ShardIndex:
     layout: dict[str, Any] = field(default_factory=dict, repr=False)
     kept: Samples | None = field(default=None, repr=False)
 
-    def fits(self, shard: str) -> bool:
-        """True when the local file `shard` is the one that was indexed: its size, and bytes all over it."""
+    def fits(self, shard: str | int) -> bool:
+        """True when the local file (path or descriptor) is the one indexed: its size, and bytes all over it."""
         return os.path.getsize(shard) == self.size and probe(shard, self.probe_at) == self.probe
 
     def samples(self) -> Samples:
@@ -92,10 +92,10 @@ def describe(shard: str, samples: Samples) -> ShardIndex:
     )
 
 
-def probe(shard: str, places: Sequence[int] | None = None) -> str:
+def probe(shard: str | int, places: Sequence[int] | None = None) -> str:
     """Hash of a file's bytes at some places; without them, of its length and bytes all over it. Raises OSError."""
     digest = hashlib.blake2b(digest_size=16)
-    descriptor = os.open(shard, os.O_RDONLY)
+    descriptor = os.dup(shard) if isinstance(shard, int) else os.open(shard, os.O_RDONLY)
     try:
         if places is None:
             size = os.fstat(descriptor).st_size
@@ -233,7 +233,7 @@ def _contents(index: ShardIndex) -> mmap.mmap | bytes:
 
 
 def place_in_cache(shard: str, cache: str | os.PathLike[str]) -> pathlib.Path:
-    """Where the index of a shard stands that cannot have it beside itself."""
+    """Where the index of a local shard stands that cannot have it beside itself."""
     digest = hashlib.sha256((shard if "://" in shard else os.path.abspath(shard)).encode()).hexdigest()[:16]
     name = shard.rstrip("/").rsplit("/", 1)[-1].split("?")[0]
     return pathlib.Path(cache) / "indexes" / f"{digest}-{name}{ENDING}"

@@ -1,13 +1,16 @@
 """The files behind a source, by number: local as they are, gzipped and remote ones through the bounded cache."""
 
+import contextlib
 import functools
 import gzip
 import hashlib
 import os
+import pathlib
 import threading
+import time
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -19,15 +22,18 @@ from vlmjax.errors import BadRecord, DataError
 
 _AHEAD_THREADS = 4
 _THREADS = 16
+_GIVEN_UP = 60.0  # seconds for which a shard that could not be had is not asked for again
 
 
-def localize(path: str, cache: str | os.PathLike[str] | None = None) -> str:
-    """A local, uncompressed, seekable file with the contents of `path`.
+@contextlib.contextmanager
+def localize(path: str, cache: str | os.PathLike[str] | None = None) -> Iterator[str]:
+    """A local, uncompressed, seekable file with the contents of `path`, which stays until the context ends.
 
     Raises:
         DataError: unreachable, damaged gzip, or no room in the cache.
     """
-    return Shards([path], cache).file(0)[0]
+    with Shards([path], cache).held(0) as local:
+        yield local
 
 
 class Shards:
@@ -62,6 +68,8 @@ class Shards:
         self._about = [about.get(path) for path in self.paths]
         self._names = [self._name(i) for i in range(len(self.paths))]
         self._ahead: _Ahead | None = None
+        self._unseen: dict[int, ShardIndex] = {}  # indexes that were taken on trust: the shard was not here
+        self._failed: dict[int, tuple[float, str]] = {}
 
     def _name(self, i: int) -> str | None:
         """What the copy in the cache is called; None for files that need none."""
@@ -86,11 +94,45 @@ class Shards:
         try:
             size = os.path.getsize(path) if about is None else about.size or 0
             name, fill = self._names[i], functools.partial(self._fill, i)
-            return self._cache.hold(name, size, fill) if hold else self._cache.get(name, size, fill, keep)
+            copy = self._cache.hold(name, size, fill) if hold else self._cache.get(name, size, fill, keep)
         except FileNotFoundError as error:
             raise DataError(f"cannot read {path}: it is no longer there") from error
+        if i in self._unseen:  # made by somebody else, who knew nothing of this index
+            self._compare(i, copy.number)
+        return copy
 
     def _fill(self, i: int, out: Any) -> None:
+        """Write the copy of file i. One that lately could not be had fails at once: each attempt takes seconds."""
+        when, why = self._failed.get(i, (0.0, ""))
+        if why and time.monotonic() - when < _GIVEN_UP:
+            raise DataError(why)
+        try:
+            self._bring(i, out)
+            out.truncate()
+            out.flush()
+            self._compare(i, out.fileno())
+        except DataError as error:
+            self._failed[i] = time.monotonic(), str(error)
+            raise
+        self._failed.pop(i, None)
+
+    def _compare(self, i: int, number: int) -> None:
+        """Raise DataError when the index that was used for file i, before it was here, is not that of its bytes."""
+        index = self._unseen.get(i)
+        if index is None:
+            return
+        if not index.fits(number):
+            with contextlib.suppress(OSError):
+                if pathlib.Path(index.path).is_relative_to(self.folder):
+                    os.unlink(index.path)
+            raise DataError(
+                f"{self.paths[i]}: its index ({index.path}) belongs to other contents, of the same length or "
+                f"unpacked; run `python -m vlmjax.data.index --force {self.paths[i]}` and start again, and replace "
+                f"the file {shard_index.ENDING} beside the shard where there is one"
+            )
+        self._unseen.pop(i, None)
+
+    def _bring(self, i: int, out: Any) -> None:
         path, about = self.paths[i], self._about[i]
         unpack = _is_gzipped(path)
 
@@ -118,13 +160,35 @@ class Shards:
         copy = self._copy(i, hold=True)
         return copy.path, copy
 
+    @contextlib.contextmanager
+    def held(self, i: int) -> Iterator[str]:
+        """As `file`, for a while: the path is good until the context ends. Raises DataError."""
+        path, copy = self.file(i)
+        try:
+            yield path
+        finally:
+            del copy
+
+    def must_fit_together(self) -> None:
+        """Raise DataError unless the cache has room for all files at once, as those need that are mapped."""
+        wanted, limit = sum(about.size or 0 for about in self._about if about), self._cache.limit
+        if limit is not None and wanted > limit:
+            raise DataError(
+                f"{self.paths[0]}: its {len(self.paths)} file(s) are {wanted:,} bytes, which must be in the cache "
+                f"{self.folder} together, limited to {limit:,}; raise VLMJAX_CACHE_LIMIT, or convert them to shards "
+                "with python -m vlmjax.data.convert"
+            )
+
     def read(self, i: int, offset: int, size: int, key: str) -> bytes:
         """`size` bytes of file i. Raises BadRecord, for the record `key`, where they cannot be had."""
         try:
             if self._names[i] is None:
                 data = files.READER.read(self.paths[i], offset, size)
             else:
-                data = os.pread(self._copy(i).number, size, offset)
+                copy = self._copy(
+                    i
+                )  # referred to until the read is over: else it may close, its number be reused
+                data = os.pread(copy.number, size, offset)
         except (OSError, DataError) as error:
             raise BadRecord("unreadable_shard", key, f"{self.paths[i]}: {error}") from error
         if len(data) != size:
@@ -146,21 +210,53 @@ class Shards:
         Raises:
             DataError: a file that cannot be read.
         """
-        with ThreadPoolExecutor(min(_THREADS, len(self.paths) or 1)) as pool:
+        with ThreadPoolExecutor(self._threads()) as pool:
             return list(pool.map(lambda i: self.index(i, build), range(len(self.paths))))
+
+    def _threads(self) -> int:
+        """No more than the cache has room for shards: each is held until its index is made, the others wait."""
+        return min(_THREADS, len(self.paths) or 1, self.room(_THREADS))
+
+    def room(self, most: int) -> int:
+        """How many files may be held at a time, from 1 to `most`, in a cache that has a limit."""
+        largest = max((about.size or 0 for about in self._about if about), default=0)
+        limit = self._cache.limit
+        return most if limit is None or not largest else max(1, min(most, limit // largest))
+
+    def index_place(self, i: int) -> pathlib.Path:
+        """Where the cache keeps the index of file i: a name of its own for each version of a remote shard."""
+        if self._about[i] is None:
+            return shard_index.place_in_cache(self.paths[i], self.folder)
+        return self.folder / "indexes" / f"{self._names[i]}{shard_index.ENDING}"
 
     def index(self, i: int, build: Callable[[str], Samples], anew: bool = False) -> ShardIndex:
         """The index of file i; `anew` ignores and replaces what is kept. Raises DataError."""
-        path = self.paths[i]
-        kept = shard_index.place_in_cache(path, self.folder)
+        path, kept = self.paths[i], self.index_place(i)
         if anew:
-            return shard_index.make(self.file(i)[0], kept, build)
-        if self._about[i] is None:
-            return shard_index.open_index(path, self.file(i)[0], self.folder, build)
-        beside = kept.with_name(kept.name + f".{self._names[i][:16]}.beside")
-        self._fetch_index(path, beside)
-        found = shard_index.find([kept, beside], lambda index: self._fits(i, index))
-        return found or shard_index.make(self.file(i)[0], kept, build)
+            self._unseen.pop(i, None)
+        elif self._about[i] is None:
+            with self.held(i) as local:
+                return shard_index.open_index(path, local, self.folder, build)
+        else:
+            found = self._known_index(i, kept)
+            if found is not None:
+                return found
+        with self.held(i) as local:
+            return shard_index.make(local, kept, build)
+
+    def _known_index(self, i: int, kept: pathlib.Path) -> ShardIndex | None:
+        """The index of a remote shard from the cache, or a fuller one of the same contents from beside the shard."""
+        beside = kept.with_name(kept.name + ".beside")
+        self._fetch_index(self.paths[i], beside)
+        here = self._cache.has(self._names[i])
+        own = shard_index.find([kept], lambda index: self._fits(i, index, here))
+        other = shard_index.find([beside], lambda index: self._fits(i, index, here))
+        found = own or other
+        if own and other and own.probe_at == other.probe_at and own.probe == other.probe:
+            found = max(own, other, key=lambda index: len(index.columns))
+        if found is not None and not here:
+            self._unseen[i] = found
+        return found
 
     def _fetch_index(self, path: str, place: Any) -> None:
         """The side file of a remote shard into the cache, unless it is there, or there is none."""
@@ -173,15 +269,16 @@ class Shards:
             except OSError as error:
                 raise DataError(f"cannot write {place}: {error}") from error
 
-    def _fits(self, i: int, index: ShardIndex) -> bool:
-        """By all its bytes where the shard is here; else by its length (unknown for gzipped ones)."""
-        if self._cache.has(self._names[i]):
-            return index.fits(self.file(i)[0])
+    def _fits(self, i: int, index: ShardIndex, here: bool) -> bool:
+        """By bytes all over it where the shard is here; else by its length (unknown for gzipped ones)."""
+        if here:
+            with self.held(i) as local:
+                return index.fits(local)
         return _is_gzipped(self.paths[i]) or self._about[i].size in (None, index.size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the threads that download ahead: a worker process only reads."""
-        return self.__dict__ | {"_ahead": None}
+        return self.__dict__ | {"_ahead": None, "_unseen": dict(self._unseen), "_failed": {}}
 
 
 class _Ahead:
