@@ -285,3 +285,29 @@ def test_many_shards_open_quickly(tmp_path):
     begin = time.process_time()
     assert len(open_source(spec)) == 600
     assert time.process_time() - begin < 2  # about 0.05 s without type checks
+
+
+def test_an_index_older_than_its_shard_is_not_used(tmp_path, caplog):
+    """A caption corrected inside its block of 512 bytes: the same size, headers elsewhere and first bytes all equal."""
+    members = {
+        f"{i:03d}.{kind}": data
+        for i in range(40)
+        for kind, data in (("png", b"\x89PNG" * 400), ("txt", b"short"))
+    }
+    path = write_tar(tmp_path / "a.tar", members)
+    cache = str(tmp_path / "cache")
+    for beside in (False, True):
+        if beside:
+            assert index.main([str(path)]) == 0
+        source = TarSource([str(path)], cache=cache)
+        assert source[13].captions[0].startswith("short")
+        size, text = path.stat().st_size, f"a longer caption, {beside}"
+        members["013.txt"] = text.encode()
+        time.sleep(0.02)
+        write_tar(path, members)
+        assert path.stat().st_size == size
+        caplog.clear()
+        assert TarSource([str(path)], cache=cache)[13].captions == (text,)
+        assert "older than its shard" in caplog.text
+        members["013.txt"] = b"short again"
+        write_tar(path, members)

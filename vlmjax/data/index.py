@@ -82,7 +82,11 @@ def _one(path: str, cache: str | None, force: bool) -> str:
     far = files.is_remote(path)
     place = shards.index_place(0) if cache or far else path + shard_index.ENDING
     with shards.held(0) as local:
-        found = None if force else shard_index.find([place], lambda index: index.fits(local))
+        found = (
+            None
+            if force
+            else shard_index.find([place], lambda index: index.fits(local), None if far else path)
+        )
         done = "already indexed" if found else "indexed"
         if found is None:
             found = shard_index.make(local, place, build)

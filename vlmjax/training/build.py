@@ -53,7 +53,9 @@ def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
             "image_column": recipe.data.image_column or None,
             "caption_columns": tuple(recipe.data.caption_columns) or None,
         }
-        sources = open_sources(recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude, **columns)
+        sources = open_sources(
+            recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude, **columns
+        )
     with naming("data.weights"):
         return sources, mixture.shares(
             [len(source) for source in sources], recipe.data.mix, recipe.data.weights

@@ -239,11 +239,15 @@ def place_in_cache(shard: str, cache: str | os.PathLike[str]) -> pathlib.Path:
     return pathlib.Path(cache) / "indexes" / f"{digest}-{name}{ENDING}"
 
 
-def find(places: Sequence[str | os.PathLike[str]], fits: Callable[[ShardIndex], bool]) -> ShardIndex | None:
+def find(
+    places: Sequence[str | os.PathLike[str]], fits: Callable[[ShardIndex], bool], shard: str | None = None
+) -> ShardIndex | None:
     """The index in the first of some side files that belongs to the shard; a fuller later one is preferred.
 
-    One that is damaged or belongs to another shard is passed over with a warning.
+    One that is damaged or belongs to another shard is passed over with a warning, and so is one that is older than
+    the local file `shard`: captions corrected inside their blocks change nothing that `fits` looks at.
     """
+    written = os.stat(shard).st_mtime_ns if shard else 0
     best = None
     for place in places:
         try:
@@ -255,6 +259,8 @@ def find(places: Sequence[str | os.PathLike[str]], fits: Callable[[ShardIndex], 
             continue
         if not fits(index):
             _log.warning("%s does not belong to its shard, which has changed since; it is read anew", place)
+        elif os.stat(place).st_mtime_ns < written:
+            _log.warning("%s is older than its shard; it is read anew", place)
         elif best is None or len(index.columns) > len(best.columns):
             best = index
     return best
@@ -276,9 +282,7 @@ def open_index(
     """
     kept = place_in_cache(shard, cache)
     try:
-        found = find(
-            [local + ENDING, kept] if local == shard else [shard + ENDING, kept], lambda i: i.fits(local)
-        )
+        found = find([shard + ENDING, kept], lambda i: i.fits(local), shard)
     except OSError as error:
         raise DataError(f"cannot read {shard}: {error}") from error
     if found is None:
