@@ -23,7 +23,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("data", nargs="+", help="shards, tables, folders, scenes: what a recipe has as data.train")
     add("--out", metavar="FILE", help="write a page with the pictures (html, nothing beside it is needed)")
     add("--show", type=_count, default=16, metavar="N", help="rows, from the first of the batch (16)")
-    add("--step", type=int, default=0, metavar="N", help="of training (0)")
+    add("--step", type=_step, default=0, metavar="N", help="of training (0)")
     add("--seed", type=int, default=0, metavar="N", help="of order, captions and augmentation (0)")
     add(
         "--batch-size",
@@ -62,6 +62,13 @@ def _count(value: str) -> int:
     number = int(value)
     if number < 1:
         raise argparse.ArgumentTypeError(f"{value} is not a number from 1 up")
+    return number
+
+
+def _step(value: str) -> int:
+    number = int(value)
+    if not 0 <= number < 2**40:
+        raise argparse.ArgumentTypeError(f"{value} is not a number from 0 up")
     return number
 
 

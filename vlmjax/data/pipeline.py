@@ -219,9 +219,11 @@ class TrainData:
             DataError: the data, the seed or the batch size is not the saved run's, so "the same order" has no
                 meaning.
         """
-        if "mixture" not in state:
+        missing = [name for name in ("step", "seed", "batch_size", "mixture") if name not in state]
+        if missing:
             raise DataError(
-                "this checkpoint is of an older vlmjax, the order of its data is not known: start a new workdir"
+                f"the checkpoint does not say where its data stood ({', '.join(missing)} missing): it is damaged or of "
+                "an older vlmjax; start a new workdir"
             )
         now = self.state
         changed = [

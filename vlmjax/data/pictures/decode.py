@@ -6,6 +6,7 @@ import math
 import os
 import re
 import warnings
+from collections.abc import Iterator
 from importlib import metadata
 from typing import Any
 
@@ -17,8 +18,9 @@ from vlmjax.errors import BadRecord, DataError
 
 Box = tuple[float | int, ...]  # x0, y0, x1, y1
 
-# Pillow's own mark for a suspicious picture: 268 MB as RGB. Decoding keeps within about twice that.
+# Pillow's own mark for a suspicious picture: 268 MB as RGB. Decoding keeps within a few times that.
 MAX_PIXELS = 89_478_485
+_BAND = 1 << 18  # pixels
 VARIABLE = "VLMJAX_DECODE"
 
 # Only plain raster formats: Pillow would also start Ghostscript for EPS files.
@@ -290,22 +292,39 @@ def _to_pixels(image: Image.Image, background: tuple[int, int, int], keep_alpha:
     return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+def _bands(pixels: np.ndarray) -> Iterator[slice]:
+    """Rows of a picture some at a time: arithmetic in wider numbers than bytes then takes little memory."""
+    step = max(1, _BAND // max(1, pixels.shape[1]))
+    return (slice(start, start + step) for start in range(0, len(pixels), step))
+
+
 def _to_8_bits(values: np.ndarray, mode: str) -> np.ndarray:
     """16-bit grey by its full range (as it is where it holds bytes); others by their maximum."""
-    values = np.nan_to_num(values.astype(np.float64), posinf=0.0, neginf=0.0)
-    top = float(values.max(initial=0.0))
+
+    def wide(rows: slice) -> np.ndarray:
+        return np.nan_to_num(values[rows].astype(np.float64), posinf=0.0, neginf=0.0)
+
+    top = max((float(wide(rows).max(initial=0.0)) for rows in _bands(values)), default=0.0)
+    scale = 1.0
     if mode == "F" and top <= 1.0:
-        values = values * 255.0
+        scale = 255.0
     elif top > 255.0:
-        values = values / 257.0 if mode != "F" and top <= 65535.0 else values * (255.0 / top)
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+        scale = 1 / 257.0 if mode != "F" and top <= 65535.0 else 255.0 / top
+    out = np.empty(values.shape, np.uint8)
+    for rows in _bands(values):
+        out[rows] = np.clip(np.rint(wide(rows) * scale), 0, 255)
+    return out
 
 
 def composite(rgba: np.ndarray, background: tuple[int, int, int] | np.ndarray) -> np.ndarray:
     """Lay uint8 [height, width, 4] over one colour: uint8 [height, width, 3], correctly rounded."""
-    alpha = rgba[..., 3:].astype(np.uint16)  # a mean of two bytes times 255, plus 127, fits in 16 bits
-    mixed = rgba[..., :3] * alpha + np.asarray(background, np.uint16) * (255 - alpha)
-    return ((mixed + 127) // 255).astype(np.uint8)
+    out, colour = np.empty((*rgba.shape[:2], 3), np.uint8), np.asarray(background, np.uint16)
+    for rows in _bands(rgba):
+        alpha = rgba[rows, :, 3:].astype(
+            np.uint16
+        )  # a mean of two bytes times 255, plus 127, fits in 16 bits
+        out[rows] = (rgba[rows, :, :3] * alpha + colour * (255 - alpha) + 127) // 255
+    return out
 
 
 def _pixels_given(pixels: np.ndarray, background: tuple[int, int, int], keep_alpha: bool) -> np.ndarray:
