@@ -129,15 +129,18 @@ def test_a_killed_trainer_leaves_no_shared_memory(tmp_path):
     script.write_text(PROGRAM)
     tests = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent.parent}"}
+    before = _segments()
     child = subprocess.Popen(
         [sys.executable, str(script), str(tmp_path / "words")], env=env, stdout=subprocess.PIPE, text=True
     )
     with child:
         assert child.stdout.readline() == "ready\n"
         workers = _descendants(child.pid)
-        _until(lambda: len(_mapped(workers)) > 4)
-        mine = _mapped(workers)
-        child.kill()
+        try:
+            _until(lambda: len(_segments() - before) > 4)
+        finally:
+            child.kill()
+    mine = _segments() - before
     assert workers
     _until(lambda: not _segments() & mine)
     _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))
@@ -145,12 +148,6 @@ def test_a_killed_trainer_leaves_no_shared_memory(tmp_path):
 
 def _segments() -> set[str]:
     return {name for name in os.listdir("/dev/shm") if name.startswith("psm_")}
-
-
-def _mapped(pids: list[int]) -> set[str]:
-    """Segments that these processes have open; others belong to other programs of this machine."""
-    maps = "".join(Path(f"/proc/{pid}/maps").read_text() for pid in pids)
-    return {line.rpartition("/")[2] for line in maps.splitlines() if "/dev/shm/psm_" in line}
 
 
 def _descendants(pid: int) -> list[int]:
