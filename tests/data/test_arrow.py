@@ -266,3 +266,70 @@ def test_parquet_reads_only_the_columns_wanted(tmp_path, monkeypatch):
     assert source.captions_at(4) == (caption(4),) and source[4].image == encoded(picture(4))
     del seen[:]
     assert source.key(3) == "id3" and source.captions_at(5) == (caption(5),) and seen == []
+
+
+def _stream(path: Path, one, rows: int) -> bytes:
+    with pa.OSFile(str(path), "wb") as out, pa.ipc.new_stream(out, one.schema) as writer:
+        for batch in one.to_batches(rows):
+            writer.write_batch(batch)
+    return path.read_bytes()
+
+
+def _reasons(source) -> list[str]:
+    out = []
+    for i in range(len(source)):
+        try:
+            out.append(source[i].captions[0])
+        except BadRecord as error:
+            out.append(error.reason)
+    return out
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, -5])
+def test_damaged_offsets_do_not_end_the_process(tmp_path, offset):
+    one = pa.table({"image": [encoded(picture(i)) for i in range(6)], "caption": list("abcdef")})
+    data = bytearray(_stream(tmp_path / "x.arrow", one, 3))
+    sizes = [len(image) for image in one["image"].to_pylist()[:3]]
+    at = data.find(np.cumsum([0, *sizes]).astype("<i4").tobytes())
+    data[at + 8 : at + 12] = np.int32(offset).tobytes()
+    (tmp_path / "x.arrow").write_bytes(data)
+    code = (
+        "import sys; sys.path[:0] = sys.argv[2:]\n"
+        "from test_arrow import _reasons; from vlmjax.data.sources import open_source\n"
+        "print(_reasons(open_source(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "x.arrow"), str(ROOT), str(Path(__file__).parent)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "['a', 'bad_row', 'bad_row', 'd', 'e', 'f']"
+
+
+def test_a_stream_cut_between_batches_is_told(tmp_path, caplog):
+    one = table(6)
+    whole = _stream(tmp_path / "x.arrow", one, 2)
+    part = _stream(tmp_path / "y.arrow", one.slice(0, 4), 2)
+    assert len(open_source(str(tmp_path / "x.arrow"))) == 6 and not caplog.records
+    (tmp_path / "y.arrow").write_bytes(whole[: len(part) - 8])
+    assert len(open_source(str(tmp_path / "y.arrow"))) == 4
+    assert "y.arrow is cut off" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["arrow", "parquet"])
+def test_text_that_is_not_utf8(tmp_path, kind):
+    offsets, letters = np.array([0, 3, 6, 9], "<i4").tobytes(), b"\xff\xfe\xfdabcdef"
+    bad = pa.StringArray.from_buffers(3, pa.py_buffer(offsets), pa.py_buffer(letters))
+    one = pa.table({"image": [encoded(picture(i)) for i in range(3)], "caption": bad})
+    path = tmp_path / f"x.{kind}"
+    if kind == "arrow":
+        _stream(path, one, 3)
+    else:
+        write_parquet(path, one, 3)
+    source = open_source(str(path), exclude="zzz")
+    assert _reasons(source) == ["bad_text", "abc", "def"]
+    one = one.slice(0, 1)
+    if kind == "arrow":
+        _stream(path, one, 3)
+    else:
+        write_parquet(path, one, 3)
+    with pytest.raises(DataError, match="first rows cannot be read"):
+        open_source(str(path))

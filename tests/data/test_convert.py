@@ -199,3 +199,37 @@ def test_written_beside_the_target_and_a_full_disk(shards, tmp_path, monkeypatch
     with pytest.raises(DataError, match=r"is full; name another folder for temporary files with TMPDIR"):
         remote.write(1)
     assert not list(tmp_path.glob("vlmjax-convert-*"))
+
+
+def test_keys_that_readers_would_pass_over(tmp_path):
+    keys = ["__a", "b/__c", "._d", "_e"]
+    image = encoded(picture(0))
+    with tar_writer.Writer(str(tmp_path / "x.tar")) as out:
+        for key in keys:
+            out.write(Record(key, image, ("one",)))
+    source = open_source(str(tmp_path / "x.tar"))
+    assert [source[i].key for i in range(len(source))] == ["x__a", "b/x__c", "x__d", "_e"]
+
+
+@pytest.mark.parametrize("wrong", ["--out=", "--out= ", "--workers=-3"])
+def test_options_that_are_refused(shards, tmp_path, capsys, wrong):
+    with pytest.raises(SystemExit):
+        _run(shards, f"--out={tmp_path}/o", wrong)
+    assert wrong.split("=")[0] in capsys.readouterr().err and not (tmp_path / "o").exists()
+
+
+def test_an_unknown_kind_of_storage(shards, capsys):
+    assert _run(shards, "--out=nowhere://x/y") == 1
+    assert "no driver for nowhere://" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b'{"written": "x"}', b"\xff"])
+def test_damaged_counts_and_manifest(shards, tmp_path, damage):
+    job = convert.Job(shards, str(tmp_path / "out"), records=30)
+    counts = convert.convert(job, 1)
+    beside = tmp_path / "out" / "data-00000.tar.json"
+    beside.write_bytes(damage)
+    assert convert.convert(job, 1) == counts and json.loads(beside.read_bytes()) == counts
+    (tmp_path / "out" / "convert.json").write_bytes(damage)
+    with pytest.raises(DataError, match="is damaged|other data"):
+        convert.convert(job, 1)

@@ -1,5 +1,6 @@
 """The container of our own shards, and ArrayRecord files of it and of tf.train.Example."""
 
+import datetime
 import pickle
 import subprocess
 import sys
@@ -52,7 +53,7 @@ def test_container_there_and_back():
         and extra["box"].dtype == np.float32
         and extra["box"].tolist() == [[1.5, 2]]
     )
-    with pytest.raises(TypeError):
+    with pytest.raises(DataError, match="its field"):
         container.encode(Record("o", b"", (), {"what": object()}))
 
 
@@ -152,3 +153,15 @@ def test_missing_package_is_named(tmp_path, kind):
     root, command = Path(__file__).resolve().parents[2], [sys.executable, "-c", code, package]
     run = subprocess.run([*command, str(tmp_path / f"x.{kind}")], cwd=root, capture_output=True, text=True)
     assert "DataError" in run.stderr and "pip install" in run.stderr.strip().splitlines()[-1]
+
+
+def test_what_a_container_cannot_hold_is_named():
+    nested = []
+    for _ in range(100_000):
+        nested = [nested]
+    with pytest.raises(DataError, match=r"k1: its field 'when' cannot be written .*datetime"):
+        container.encode(Record("k1", b"", (), {"n": 1, "when": datetime.datetime(2020, 1, 1)}))
+    with pytest.raises(BadRecord, match="bad_json"):
+        container.encode(Record("k2", b"", (), {"deep": nested}))
+    while nested:  # an end that needs no deep stack
+        nested = nested.pop()

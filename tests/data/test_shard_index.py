@@ -311,3 +311,17 @@ def test_an_index_older_than_its_shard_is_not_used(tmp_path, caplog):
         assert "older than its shard" in caplog.text
         members["013.txt"] = b"short again"
         write_tar(path, members)
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_an_index_in_the_cache_that_is_empty(tmp_path, cache, beside):
+    path = shard(tmp_path / "a.tar", 0, 5)
+    if beside:
+        index.main([str(path)])
+    expected = records(open_source(str(path)))
+    (kept,) = cache.rglob("*.index.*" if beside else "*.index")
+    source = open_source(str(path))
+    kept.write_bytes(b"")
+    shard_index._MAPPED._open.clear()
+    assert records(source) == expected
+    assert records(open_source(str(path))) == expected and kept.stat().st_size > 0

@@ -1,6 +1,7 @@
 """What a recipe's data line opens: patterns, tables, folders, mixtures, filters, and the errors."""
 
 import json
+import os
 import pickle
 
 import numpy as np
@@ -327,3 +328,72 @@ def test_fingerprint_of_a_folder_of_pairs(tmp_path):
     assert prints[0] == prints[1] and len(set(prints)) == 3
     (tmp_path / "a" / "x.png").write_bytes(encoded(picture(7, 50)))
     assert open_source(str(tmp_path / "a")).fingerprint != prints[0]
+
+
+@pytest.mark.parametrize(
+    "pattern", ["x-{0..9999999}.tar", "x-{0..999}{0..999}{0..9}.tar", "x-{0..%s}.tar" % ("9" * 5000)]
+)
+def test_ranges_of_too_many_names(pattern):
+    with pytest.raises(DataError, match="more than 1,000,000 files"):
+        open_source(pattern)
+
+
+def test_pipes_are_no_data(tmp_path):
+    os.mkfifo(tmp_path / "x.tar")
+    with pytest.raises(DataError, match="is a pipe or a device"):
+        open_source(str(tmp_path / "x.tar"))
+    os.mkfifo(tmp_path / "a.jpg")
+    (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "a cat"}\n')
+    with pytest.raises(BadRecord) as caught:
+        open_source(str(tmp_path / "t.jsonl"))[0]
+    assert caught.value.reason == "not_a_file"
+
+
+def test_names_that_no_file_can_have_and_deep_nesting(tmp_path):
+    deep = "[" * 5000 + '"x"' + "]" * 5000
+    lines = [
+        '{"image": "a.jpg", "caption": "a cat"}',
+        '{"image": "a\\u0000b.jpg", "caption": "a cat"}',
+        '{"image": "a.jpg", "caption": ' + "[" * 200 + '"x"' + "]" * 200 + "}",
+        '{"image": "a.jpg", "caption": %s}' % ("[" * 200_000 + "]" * 200_000),
+    ]
+    (tmp_path / "a.jpg").write_bytes(encoded(picture(0), "JPEG"))
+    (tmp_path / "t.jsonl").write_text("\n".join(lines))
+    source, reasons = open_source(str(tmp_path / "t.jsonl")), []
+    for i in range(len(source)):
+        try:
+            assert source[i].captions == ("a cat",)
+        except BadRecord as error:
+            reasons.append(error.reason)
+    assert reasons == ["no_image", "bad_json", "bad_row"]
+    (tmp_path / "l.json").write_text("[" * 200_000)
+    with pytest.raises(DataError, match="not a json list"):
+        open_source(str(tmp_path / "l.json"))
+    (tmp_path / "pairs").mkdir()
+    (tmp_path / "pairs" / "a.jpg").write_bytes(encoded(picture(0), "JPEG"))
+    (tmp_path / "pairs" / "a.json").write_text(f'{{"caption": {deep}}}')
+    with pytest.raises(BadRecord, match="bad_json"):
+        open_source(str(tmp_path / "pairs"))[0]
+
+
+def test_a_row_whose_key_cannot_be_read_is_kept(monkeypatch, tmp_path):
+    shard(tmp_path / "x.tar", 0, 3)
+
+    def key(source, i):
+        if i == 1:
+            raise BadRecord("unreadable_shard", "?")
+        return f"k{i}"
+
+    monkeypatch.setattr("vlmjax.data.sources.key_of", key)
+    assert len(open_source(str(tmp_path / "x.tar"), exclude="k2")) == 2
+
+
+def test_one_table_in_two_folders_of_images(tmp_path):
+    for name, size in ("a", 40), ("b", 60), ("c", 40):
+        (tmp_path / name).mkdir()
+        for i in range(40):
+            (tmp_path / name / f"{i}.png").write_bytes(encoded(picture(i, size if i == 39 else 20)))
+        rows = [json.dumps({"image": f"{i}.png", "caption": caption(i)}) for i in range(40)]
+        (tmp_path / name / "t.jsonl").write_text("\n".join(rows))
+    a, b, c = (open_source(str(tmp_path / name / "t.jsonl")).fingerprint for name in "abc")
+    assert a == c != b

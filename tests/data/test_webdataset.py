@@ -13,6 +13,7 @@ import pytest
 from helpers import caption, encoded, picture, shard, write_tar
 
 from vlmjax.data.formats import tar as tars
+from vlmjax.data.formats import webdataset
 from vlmjax.data.sources import open_source
 from vlmjax.data.storage import files
 from vlmjax.errors import BadRecord, DataError
@@ -269,3 +270,28 @@ def test_sizes_that_are_none(tmp_path, caplog, size):
     found = itertools.islice(tars.members(str(tmp_path / "x.tar")), 9)
     assert [member.name for member in found] == ["a.txt"] and f"damaged at byte {at}" in caplog.text
     assert tars.index(str(tmp_path / "x.tar")).count == 1
+
+
+def test_a_key_with_very_many_members_and_very_many_extensions(tmp_path):
+    names = [f"a.{i:05d}.jpg" for i in range(400)] + ["a.jpg", "a.00017.jpg", "a.00200.jpg"]
+    path = tmp_path / "x.tar"
+    write_tar(path, {}, "w")
+    with tarfile.open(path, "w") as tar:
+        for name in names:
+            tar.addfile(tarfile.TarInfo(name), io.BytesIO())
+    samples = tars.index(str(path))
+    assert [len(samples.parts(i)) for i in range(samples.count)] == [401, 2]
+    codes = np.array([70_000, 1], np.uint32)
+    extensions = ("txt", "json", *(f"x{i}" for i in range(69_998)), "jpg")
+    roles = webdataset._roles(codes.tobytes(), extensions)
+    assert (roles.image, roles.json) == (0, 1)
+
+
+def test_a_gzip_that_unpacks_to_more_than_there_is_room_for(tmp_path, monkeypatch):
+    with gzip.open(tmp_path / "x.tar.gz", "wb") as out:
+        for _ in range(20):
+            out.write(b"\0" * (1 << 20))
+    monkeypatch.setenv("VLMJAX_CACHE_LIMIT", "5M")
+    with pytest.raises(DataError, match="unpacks to more than the cache"):
+        open_source(str(tmp_path / "x.tar.gz"))
+    assert not [p for p in (tmp_path / "own cache" / "shards").iterdir() if p.is_file()]

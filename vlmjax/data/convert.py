@@ -74,8 +74,9 @@ class Job:
         """
         counts_at = self.name(shard) + ".json"
         done = _read(counts_at)
-        if done is not None and _exists(self.name(shard)):
-            return json.loads(done)
+        known = _counts(done)
+        if known is not None and _exists(self.name(shard)):
+            return known
         source, counts = _source(self.spec, self.exclude), collections.Counter()
         with _in_the_making(self.name(shard)) as made, _writer(self.format, made) as out:
             for index in self.indices(shard).tolist():
@@ -118,9 +119,14 @@ def _writer(format_: str, path: str) -> Any:
 
 
 def _filesystem(path: str) -> tuple[Any, str]:
+    """The fsspec file system of a path and the path in it. Raises DataError where there is no driver for it."""
     import fsspec
 
-    return fsspec.core.url_to_fs(path)
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        scheme = path.split("://")[0]
+        raise DataError(f"cannot write to {path}: no driver for {scheme}:// ({error})") from error
 
 
 def _exists(path: str) -> bool:
@@ -134,6 +140,16 @@ def _read(path: str) -> bytes | None:
         return filesystem.cat_file(inner)
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _counts(data: bytes | None) -> dict[str, int] | None:
+    """The counts beside a shard; None where there are none, or damaged ones: the shard is then written anew."""
+    try:
+        counts = json.loads(data or b"null")
+    except ValueError:
+        return None
+    whole = isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values())
+    return counts if whole else None
 
 
 @contextlib.contextmanager
@@ -189,7 +205,13 @@ def convert(job: Job, workers: int = 0, beam: Sequence[str] | None = None) -> di
     source = _source(job.spec, job.exclude)
     manifest = dataclasses.asdict(job) | {"out": "", "spec": source.fingerprint}
     there = _read(f"{job.out.rstrip('/')}/{_MANIFEST}")
-    if there is not None and json.loads(there) != manifest:
+    try:
+        known = manifest if there is None else json.loads(there)
+    except ValueError as error:
+        raise DataError(
+            f"{job.out}/{_MANIFEST} is damaged ({error}): remove the folder's shards with it, or name another folder"
+        ) from error
+    if known != manifest:
         raise DataError(
             f"{job.out} holds a conversion of other data or with other options ({_MANIFEST}): name another folder"
         )
@@ -223,7 +245,7 @@ def _on_beam(job: Job, shards: Sequence[int], options: Sequence[str]) -> dict[st
         _ = numbers | apache_beam.Map(job.write)
     total = collections.Counter()
     for shard in shards:
-        total.update(json.loads(_read(job.name(shard) + ".json") or b"{}"))
+        total.update(_counts(_read(job.name(shard) + ".json")) or {})
     return dict(total)
 
 
@@ -259,6 +281,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in ("records", "quality", "shortest"):
         if getattr(given, name) is not None and getattr(given, name) < 1:
             parser.error(f"--{name}={getattr(given, name)}: expected at least 1")
+    if not given.out.strip():
+        parser.error("--out is empty: name a folder")
+    if given.workers < 0:
+        parser.error(f"--workers={given.workers}: expected at least 0")
     options = {name: value for name, value in vars(given).items() if name not in ("workers", "runner")}
     beam = [f"--runner={given.runner}", *others] if given.runner else None
     try:

@@ -269,7 +269,11 @@ def _filtered(sources: list[Source], exclude: str | None, keep: Callable[[str], 
     except re.error as error:
         raise DataError(f"exclude={exclude!r} is not a regular expression: {error}") from error
 
-    def wanted(key: str) -> bool:
+    def wanted(source: Source, i: int) -> bool:
+        try:
+            key = key_of(source, i)
+        except BadRecord:  # it stays, to be counted when it is read
+            return True
         return not (pattern and pattern.search(key)) and (keep is None or keep(key))
 
     left, example = [], ""
@@ -277,8 +281,8 @@ def _filtered(sources: list[Source], exclude: str | None, keep: Callable[[str], 
         if isinstance(source, Scenes):
             left.append(source)
             continue
-        rows = [i for i in range(len(source)) if wanted(key_of(source, i))]
-        example = key_of(source, 0)
+        rows = [i for i in range(len(source)) if wanted(source, i)]
+        example = key_of(source, 0) if not rows else example
         if rows:
             left.append(source if len(rows) == len(source) else Subset(source, np.array(rows, np.int64)))
     if not left:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import os
 import threading
 from collections.abc import Sequence
@@ -17,6 +18,9 @@ from vlmjax.data.storage.shards import Shards
 from vlmjax.errors import BadRecord, DataError
 
 _STATE, _SPLITS = "state.json", "dataset_dict.json"
+_TRIED = 16  # rows looked at for what the columns mean, where the first are damaged
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # of a stream; one of Arrow before 0.15 begins and ends otherwise
+_log = logging.getLogger(__name__)
 
 
 def arrow() -> Any:
@@ -87,7 +91,16 @@ class ColumnSource:
         batch = self._batch(block, columns)
         if columns is not None:
             batch = batch.select(list(columns))
-        return batch.slice(at, 1).to_pylist()[0]
+        return self._values(batch.slice(at, 1), i)
+
+    def _values(self, row: Any, i: int) -> dict[str, Any]:
+        """The values of row i. Raises BadRecord for text that is not UTF-8, dates out of range and the like."""
+        try:
+            return row.to_pylist()[0]
+        except UnicodeDecodeError as error:
+            raise BadRecord("bad_text", self._name_row(None, i), f"{self.name}: {error}") from error
+        except (ValueError, OverflowError, arrow().ArrowException) as error:
+            raise BadRecord("bad_row", self._name_row(None, i), f"{self.name}: {error}") from error
 
     def key(self, i: int) -> str:
         """The key (or id) column of row i; file and number without one."""
@@ -103,7 +116,9 @@ class ColumnSource:
         if self._layout.kind != "pairs":
             return self[i].captions
         row = self._row(i, self._layout.captions)
-        return tidy([text for column in self._layout.captions for text in captions_of(row.get(column))])
+        return tidy(
+            [text for column in self._layout.captions for text in captions_of(row.get(column), str(i))]
+        )
 
     def __getitem__(self, i: int) -> Record:
         """Row i. Raises BadRecord."""
@@ -114,13 +129,23 @@ class ColumnSource:
     def _find_layout(self, image_column: str | None, caption_columns: Sequence[str] | str | None) -> None:
         if not len(self):
             raise DataError(f"{self.name} has no rows")
-        try:
-            first = self._row(0)
-        except BadRecord as error:
-            raise DataError(f"{self.name}: its first row cannot be read: {error}") from error
+        first = self._first_whole_row()
         self._layout = rows.find_layout(
             self.name, first, image_column=image_column, caption_columns=caption_columns
         )
+
+    def _first_whole_row(self) -> dict[str, Any]:
+        """Of the first rows, and of those with which the first blocks begin. Raises DataError where none is whole."""
+        failure = None
+        for i in dict.fromkeys([*range(min(_TRIED, len(self))), *self._ends[: _TRIED - 1].tolist()]):
+            if i >= len(self) or (failure and failure[0] == self._place(i)[0]):
+                continue
+            try:
+                return self._row(i)
+            except BadRecord as error:
+                # What cannot be read at all is not tried again: that takes as long as the block is large.
+                failure = (self._place(i)[0] if error.reason == "unreadable_shard" else -1), error
+        raise DataError(f"{self.name}: its first rows cannot be read: {failure[1]}") from failure[1]
 
 
 class ArrowSource(ColumnSource):
@@ -144,6 +169,7 @@ class ArrowSource(ColumnSource):
         self.paths, self.name, self._shards = list(paths), name or paths[0], Shards(paths, cache)
         self._load = rows.Loader(root or os.path.dirname(os.path.abspath(paths[0])), cache)
         self._mapping, self._batches, self._copies = threading.Lock(), None, []
+        self._whole: dict[int, bool] = {}
         self._shards.must_fit_together()
         batches = self._all()
         self._ends = np.cumsum([batch.num_rows for _, batch in batches], dtype=np.int64)
@@ -168,20 +194,54 @@ class ArrowSource(ColumnSource):
             self._copies.append(copy)
             data = package.memory_map(path)
             try:
-                return list(package.ipc.open_stream(data))
+                batches = list(package.ipc.open_stream(data))
+                self._warn_of_cut(i, data)
+                return batches
             except package.ArrowInvalid:
                 file = package.ipc.open_file(data)
                 return [file.get_batch(n) for n in range(file.num_record_batches)]
-        except (OSError, package.ArrowInvalid) as error:
+        except (OSError, ValueError, MemoryError, package.ArrowException) as error:
             raise DataError(f"{self.paths[i]} is not a whole Arrow file: {error}") from error
+
+    def _warn_of_cut(self, i: int, data: Any) -> None:
+        """`data` is a stream that has been read: where it was cut between two batches, nothing else tells."""
+        at = data.tell()
+        data.seek(0)
+        modern = data.read(4) == _END[:4]
+        data.seek(max(0, at - len(_END)))
+        if modern and data.read(len(_END)) != _END:
+            _log.warning("%s is cut off: it has no end mark; the rows before that are used", self.paths[i])
 
     def _batch(self, block: int, columns: Sequence[str] | None) -> Any:
         return self._all()[block][1]
 
+    def _row(self, i: int, columns: Sequence[str] | None = None) -> dict[str, Any]:
+        """Nothing is looked at before its offsets are known to lie inside it: a wrong one ends the process."""
+        block, at = self._place(i)
+        batch = self._batch(block, None)
+        if block not in self._whole:  # once per batch; it reads offsets and text, not images
+            self._whole[block] = not _complaint(batch)
+        if not self._whole[block]:
+            row = batch.slice(at, 1)
+            complaint = _complaint(row if columns is None else row.select(list(columns)))
+            if complaint:
+                reason = "bad_text" if "UTF8" in complaint else "bad_row"
+                raise BadRecord(reason, self._name_row(None, i), f"{self.name}: {complaint}")
+        return super()._row(i, columns)
+
     def __getstate__(self) -> dict[str, Any]:
         """A worker process maps the files itself."""
-        return self.__dict__ | {"_mapping": None, "_batches": None, "_copies": []}
+        return self.__dict__ | {"_mapping": None, "_batches": None, "_copies": [], "_whole": {}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """As it was, with nothing mapped."""
         self.__dict__.update(state, _mapping=threading.Lock())
+
+
+def _complaint(batch: Any) -> str:
+    """What is wrong: an offset outside its buffer, text that is not UTF-8; "" for a sound batch."""
+    try:
+        batch.validate(full=True)
+    except (ValueError, arrow().ArrowException) as error:
+        return str(error) or repr(error)
+    return ""

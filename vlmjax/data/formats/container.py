@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from vlmjax.data.record import Record
-from vlmjax.errors import BadRecord
+from vlmjax.errors import BadRecord, DataError
 
 MAGIC = b"VLR1"
 _BYTES, _PIXELS = "$bytes", "$pixels"
@@ -22,8 +22,30 @@ def encode(record: Record) -> bytes:
     that begin with $ have one more.
 
     Raises:
-        TypeError: something in `extra` that is neither JSON, bytes nor an array of numbers.
+        DataError: something in `extra` that is neither JSON, bytes nor an array of numbers; names it.
+        BadRecord: nested too deeply.
     """
+    try:
+        return _encode(record)
+    except RecursionError as error:
+        raise BadRecord("bad_json", record.key, "nested too deeply") from error
+    except TypeError as error:
+        field = next((name for name, value in record.extra.items() if not _is_plain(value)), "?")
+        raise DataError(
+            f"{record.key}: its field {field!r} cannot be written ({error}): make it text, numbers or bytes, or "
+            "leave its column out"
+        ) from error
+
+
+def _is_plain(value: Any) -> bool:
+    try:
+        json.dumps(_pack(value, []))
+    except (TypeError, RecursionError):
+        return False
+    return True
+
+
+def _encode(record: Record) -> bytes:
     kept: list[bytes] = []
     body = {
         "key": record.key,
@@ -54,7 +76,7 @@ def decode(data: bytes, key: str = "") -> Record:
         parts = tuple(_unpack(part, kept) for part in body["parts"])
         image, extra = _unpack(body["image"], kept), _unpack(body["extra"], kept)
         return Record(body["key"], image, tuple(body["captions"]), extra, parts)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
         raise BadRecord("bad_container", key, f"{type(error).__name__}: {error}") from error
 
 

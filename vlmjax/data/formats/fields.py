@@ -14,6 +14,7 @@ TEXT_EXTENSIONS = ("txt", "caption", "text")
 # Inside a json value or a nested feature: what a caption is called there.
 CAPTION_FIELDS = ("caption", "captions", "text", "sentence", "sentences")
 _FIELD = re.compile(rb'"(?:' + "|".join(CAPTION_FIELDS).encode() + rb')"\s*:\s*')
+_DEEPEST = 64  # levels of lists and objects around a caption
 # Of tables, parquet files, datasets: how a column may be called, the most telling name first.
 IMAGE_COLUMNS = (
     "image image_path file_name filename filepath file_path path file img image_file picture jpg jpeg png webp "
@@ -32,19 +33,24 @@ def image_extension(extensions: Sequence[str]) -> str | None:
     return (plain or ending or [None])[0]
 
 
-def captions_of(value: Any) -> list[str]:
-    """Every caption in a decoded value: text, a list of texts, or an object with a caption field."""
+def captions_of(value: Any, key: str = "", depth: int = 0) -> list[str]:
+    """Every caption in a decoded value: text, a list of texts, or an object with a caption field.
+
+    `key` is for the error's message, `depth` the levels around the value. Raises BadRecord where there are too many.
+    """
+    if depth > _DEEPEST:
+        raise BadRecord("bad_json", key, f"captions more than {_DEEPEST} levels deep")
     if isinstance(value, str):
         return [value]
     if isinstance(value, bytes):
         return [value.decode("utf-8", "replace")]
     if isinstance(value, dict):
-        return [text for name in CAPTION_FIELDS if name in value for text in captions_of(value[name])]
+        inside = [value[name] for name in CAPTION_FIELDS if name in value]
+        return [text for item in inside for text in captions_of(item, key, depth + 1)]
     if hasattr(value, "tolist") or isinstance(value, (list, tuple)):
         items = value.tolist() if hasattr(value, "tolist") else value
-        return (
-            [text for item in items for text in captions_of(item)] if isinstance(items, (list, tuple)) else []
-        )
+        inside = items if isinstance(items, (list, tuple)) else []
+        return [text for item in inside for text in captions_of(item, key, depth + 1)]
     return []
 
 

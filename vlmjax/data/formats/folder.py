@@ -21,6 +21,7 @@ from vlmjax.errors import BadRecord, DataError
 
 _log = logging.getLogger(__name__)
 TABLES = (".jsonl", ".json", ".csv", ".tsv")
+_ENDS = 16  # images at either end of a table that are part of its fingerprint
 _PREFERRED = ("metadata", "captions", "data", "index", "train")
 
 
@@ -91,7 +92,7 @@ class TableSource:
             lines = local.lower().endswith((".jsonl", ".json"))
             found = _read_json_lines(local) if lines else _read_delimited(local)
             with open(local, "rb") as data:
-                self.fingerprint = hashlib.file_digest(data, "sha256").hexdigest()[:16]
+                digest = hashlib.file_digest(data, "sha256")
         if not found:
             raise DataError(f"{path} has no rows")
         first = next((row for row in found if isinstance(row, dict)), {})
@@ -99,6 +100,17 @@ class TableSource:
             path, first, image_column=image_column, caption_columns=caption_columns
         )
         self._rows = found
+        digest.update(self._some_images(root or parent).encode("utf-8", "replace"))
+        self.fingerprint = digest.hexdigest()[:16]
+
+    def _some_images(self, root: str) -> str:
+        """Names and sizes of the first and the last local images: the same table in another folder is other data."""
+        ends = self._rows if len(self._rows) <= 2 * _ENDS else [*self._rows[:_ENDS], *self._rows[-_ENDS:]]
+        values = [row.get(self._layout.image) for row in ends if isinstance(row, dict)]
+        names = [name for name in values if isinstance(name, str) and name and not files.is_remote(name)]
+        if files.is_remote(root):
+            return ""
+        return "".join(f"{name}|{_size(os.path.join(root, name))}\n" for name in names)
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -121,7 +133,9 @@ class TableSource:
         if self._layout.kind != "pairs" or not isinstance(self._rows[i], dict):
             return self[i].captions
         row = self._rows[i]
-        return tidy([text for column in self._layout.captions for text in captions_of(row.get(column))])
+        return tidy(
+            [text for column in self._layout.captions for text in captions_of(row.get(column), self.key(i))]
+        )
 
     def __getitem__(self, i: int) -> Record:
         """Row i with its image's bytes. Raises BadRecord for a bad row or a missing image."""
@@ -183,7 +197,7 @@ class PairFolder:
         if os.path.exists(stem + ".txt"):
             captions.append(self._load.read(key + ".txt", key).decode("utf-8", "replace"))
         if os.path.exists(stem + ".json"):
-            captions += captions_of(parse_json(self._load.read(key + ".json", key), key))
+            captions += captions_of(parse_json(self._load.read(key + ".json", key), key), key)
         return tidy(captions)
 
 
@@ -191,7 +205,7 @@ def _size(path: str) -> int:
     """Bytes of a file; -1 for one that cannot be asked, as a broken link, which is counted when it is read."""
     try:
         return os.stat(path).st_size
-    except OSError:
+    except (OSError, ValueError):
         return -1
 
 
@@ -201,7 +215,7 @@ def _read_json_lines(path: str) -> list[Any]:
     if text.lstrip().startswith("["):
         try:
             return json.loads(text)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} is not a json list: {error}") from error
     # Not splitlines: a caption may hold other line separators, such as U+2028, and stays one row.
     return [_line(line) for line in text.split("\n") if line.strip()]
@@ -210,7 +224,7 @@ def _read_json_lines(path: str) -> list[Any]:
 def _line(line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return line
 
 

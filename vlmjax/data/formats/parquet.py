@@ -120,7 +120,7 @@ class ParquetSource(ColumnSource):
                 i
             ) as local:  # once open it can be read to the end, whatever becomes of its name
                 return parquet.ParquetFile(local)
-        except (OSError, package.ArrowInvalid) as error:
+        except (OSError, ValueError, package.ArrowException) as error:
             raise DataError(f"{self.paths[i]} is not a whole parquet file: {error}") from error
 
     def _batch(self, block: int, columns: Sequence[str] | None) -> Any:
@@ -159,7 +159,7 @@ class ParquetSource(ColumnSource):
         try:
             open_file = self._open(file)
             return open_file.read_row_group(group, list(columns) or None, use_threads=False).combine_chunks()
-        except (OSError, DataError, package.ArrowException) as error:
+        except (OSError, ValueError, DataError, package.ArrowException) as error:
             raise BadRecord(
                 "unreadable_shard", f"{self.name}:{block}", f"{self.paths[file]}: {error}"
             ) from error

@@ -118,7 +118,7 @@ def record(row: Row, key: str, layout: Layout, load: Load) -> Record:
     if value is None or (isinstance(value, (str, bytes, list, tuple)) and not len(value)):
         raise BadRecord("no_image", key, f"column {layout.image} is {value!r}")
     images = _images(value, key, load)
-    captions = [text for column in layout.captions for text in captions_of(row.get(column))]
+    captions = [text for column in layout.captions for text in captions_of(row.get(column), key)]
     extra = {n: v for n, v in row.items() if n != layout.image and n not in layout.captions}
     return Record(key, images[0], tidy(captions), extra | _several(images))
 
@@ -218,9 +218,14 @@ class Loader:
             near = (
                 shards.localize(path, self._cache) if files.is_remote(path) else contextlib.nullcontext(path)
             )
-            with near as local, open(local, "rb") as data:
-                return data.read()
+            with near as local:
+                if files.is_special(local):  # opening a pipe waits until somebody writes to it
+                    raise BadRecord("not_a_file", key, path)
+                with open(local, "rb") as data:
+                    return data.read()
         except FileNotFoundError as error:
             raise BadRecord("missing_file", key, path) from error
         except (OSError, DataError) as error:
             raise BadRecord("unreadable_file", key, str(error)) from error
+        except ValueError as error:  # a NUL byte, or text that is no name of a file
+            raise BadRecord("no_image", key, f"{path[:80]!r}: {error}") from error

@@ -13,6 +13,7 @@ from vlmjax.errors import DataError
 _BLOCK = 512
 _REGULAR = (b"0", b"\0", b"7")
 _READ_AHEAD = 1 << 14
+_FEW = 16
 _LARGEST = 1 << 62  # bytes of a member: what says more is damaged
 _LONGEST_HEADER = 1 << 24  # of a long name or of a pax header
 Found = tuple[str, str, int, int, tuple[int, int] | None]
@@ -179,6 +180,8 @@ def index(path: str) -> Samples:
     groups: list[tuple[str, list[tuple[str, int, int]]]] = []
     latest: dict[str, int] = {}
     shapes: dict[int, tuple[int, int]] = {}
+    used: set[tuple[int, str]] = set()
+    chosen: dict[int, str] = {}
     notes: list[str] = []
 
     def walk(window: Window, length: int) -> Iterator[Found]:
@@ -186,22 +189,32 @@ def index(path: str) -> Samples:
             parts = split_name(member.name)
             if parts is not None:
                 image = parts[1] in IMAGE_EXTENSIONS or image_extension([parts[1]])
-                shape = image_header.size(_reader(window, member)) if image else None
+                shape = (image_header.size(_reader(window, member)) or (0, 0)) if image else None
                 yield *parts, member.offset, member.size, shape
 
     for key, extension, offset, size, shape in _with_window(path, walk):
         at = latest.get(key)
-        if at is None or any(extension == other for other, _, _ in groups[at][1]):
+        if at is None or _has(groups[at][1], at, extension, used):
             at = latest[key] = len(groups)
             groups.append((key, []))
         groups[at][1].append((extension, offset, size))
-        if shape is not None and _is_first_image(groups[at][1], extension):
-            shapes[at] = shape
+        if shape is not None and _comes_first(extension, chosen.get(at)):
+            chosen[at], shapes[at] = extension, shape
     return flatten(groups, shapes, notes=notes)
 
 
-def _is_first_image(parts: list[tuple[str, int, int]], extension: str) -> bool:
-    return image_extension([name for name, _, _ in parts]) == extension
+def _has(parts: list[tuple[str, int, int]], at: int, extension: str, used: set[tuple[int, str]]) -> bool:
+    """True when group `at` has such a member. The first few are looked through, the rest are noted in `used`."""
+    if any(extension == other for other, _, _ in parts[:_FEW]) or (at, extension) in used:
+        return True
+    if len(parts) >= _FEW:
+        used.add((at, extension))
+    return False
+
+
+def _comes_first(extension: str, other: str | None) -> bool:
+    """True when a later image is the sample's own rather than an earlier one, as `image_extension` has it."""
+    return other is None or (extension in IMAGE_EXTENSIONS and other not in IMAGE_EXTENSIONS)
 
 
 def _reader(window: Window, member: Member) -> Callable[[int, int], bytes]:

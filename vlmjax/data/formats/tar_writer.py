@@ -71,7 +71,8 @@ class Writer:
 def _tar_key(key: str) -> str:
     """A key whose base name has no dot, at which webdataset would cut it, and that leads out of no folder."""
     parts = [part for part in key.replace("\\", "/").split("/") if part not in ("", ".", "..")] or ["sample"]
-    parts[-1] = parts[-1].replace(".", "_")
+    base = parts[-1].replace(".", "_")
+    parts[-1] = "x" + base if base.startswith("__") else base  # readers pass over names that begin so
     return "/".join(parts)
 
 
@@ -100,7 +101,10 @@ def _members(record: Record) -> dict[str, bytes]:
             rest[name] = value
     if "json" not in out and (rest or len(record.captions) > 1):
         body = {**rest, **({"captions": list(record.captions)} if len(record.captions) > 1 else {})}
-        out["json"] = json.dumps(body, default=_plain, ensure_ascii=False).encode()
+        try:
+            out["json"] = json.dumps(body, default=_plain, ensure_ascii=False).encode("utf-8", "replace")
+        except RecursionError as error:
+            raise BadRecord("bad_json", record.key, "nested too deeply") from error
     return out
 
 

@@ -209,7 +209,7 @@ class TarSource(IndexedShards):
             if j != roles.json:
                 captions.append(data.decode("utf-8", "replace"))
             elif len(found) != 2 or says_more(data, found[0]):
-                captions += captions_of(parse_json(data, key))
+                captions += captions_of(parse_json(data, key), key)
         return tidy(captions)
 
     def _read_near(self, shard: int, key: str, places: list[tuple[int, int]]) -> list[bytes]:
@@ -248,7 +248,7 @@ class _Roles(NamedTuple):
 
 @functools.lru_cache(maxsize=4096)  # hardly more than one kind of sample in a data set
 def _roles(codes: bytes, extensions: tuple[str, ...]) -> _Roles:
-    kind = np.uint8 if len(extensions) <= 256 else np.uint16
+    kind = next(k for k in (np.uint8, np.uint16, np.uint32) if len(extensions) - 1 <= np.iinfo(k).max)
     names = [extensions[code] for code in np.frombuffer(codes, kind)]
     image = image_extension(names)
     texts = [names.index(name) for name in TEXT_EXTENSIONS if name in names]

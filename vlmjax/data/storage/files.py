@@ -6,6 +6,7 @@ import logging
 import os
 import pathlib
 import re
+import stat
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from vlmjax.errors import DataError
 _BRACES = re.compile(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}")
 _REMOTE = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*://")
 LOG = logging.getLogger(__name__)
+_MOST_NAMES = 1_000_000  # from one pattern
 _OPEN_FILES = 256  # well under the usual limit of 1,024 per process
 
 
@@ -30,8 +32,18 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> pathlib.Path:
     return pathlib.Path(os.path.expanduser(chosen))
 
 
+def is_special(path: str) -> bool:
+    """True for what exists but is neither a file nor a folder: pipes, devices, sockets. Raises OSError, ValueError."""
+    mode = os.stat(path).st_mode
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """`{00000..00012}` and `{a,b}` written out, in order, width kept: 'x-{08..10}' -> x-08, x-09, x-10."""
+    """`{00000..00012}` and `{a,b}` written out, in order, width kept: 'x-{08..10}' -> x-08, x-09, x-10.
+
+    Raises:
+        DataError: more than a million names.
+    """
     match = _BRACES.search(pattern)
     if not match:
         return [pattern]
@@ -39,11 +51,24 @@ def expand_braces(pattern: str) -> list[str]:
     if choices is not None:
         middles = choices.split(",")
     else:
+        if max(len(first), len(last)) > 18 or abs(int(last) - int(first)) >= _MOST_NAMES:
+            raise _too_many(match[0])
         width = len(first) if first.startswith("0") or len(first) == len(last) else 0
         step = 1 if int(last) >= int(first) else -1
         middles = [str(i).zfill(width) for i in range(int(first), int(last) + step, step)]
     head, tail = pattern[: match.start()], pattern[match.end() :]
-    return [path for middle in middles for path in expand_braces(head + middle + tail)]
+    if "{" not in head + tail:
+        return [head + middle + tail for middle in middles]
+    out: list[str] = []
+    for middle in middles:
+        out += expand_braces(head + middle + tail)
+        if len(out) > _MOST_NAMES:
+            raise _too_many(pattern)
+    return out
+
+
+def _too_many(pattern: str) -> DataError:
+    return DataError(f"{pattern[:80]!r} stands for more than {_MOST_NAMES:,} files: check its range")
 
 
 def find(pattern: str) -> list[str]:

@@ -223,6 +223,15 @@ class ShardCache:
         disk = shutil.disk_usage(self.folder)
         return int(disk.free - _SPARE * disk.total)
 
+    def is_too_large(self, size: int) -> bool:
+        """True when a growing file of so many bytes is above the limit or, without one, nearly fills the disk."""
+        if self.limit is not None:
+            return size > self.limit
+        disk = shutil.disk_usage(self.folder)
+        return (
+            disk.free < _SPARE / 2 * disk.total
+        )  # the rest of what is spared is for what nobody could foresee
+
     def __reduce__(self) -> tuple[Any, ...]:
         """A worker process has locks and descriptors of its own."""
         return shared_cache, (str(self.folder), self.limit)

@@ -223,13 +223,16 @@ def _contents(index: ShardIndex) -> mmap.mmap | bytes:
         with open(path, "rb") as file:
             data = file.read()
         path = f"{index.snapshot}.{index.layout['crc']:08x}"
-        if not os.path.exists(path):
+        if not os.path.exists(path) or os.path.getsize(path) != len(data):
             try:
                 write_whole(path, data)
             except OSError:
                 return data
     with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except ValueError as error:
+            raise Damaged(f"{path} is empty") from error
 
 
 def place_in_cache(shard: str, cache: str | os.PathLike[str]) -> pathlib.Path:

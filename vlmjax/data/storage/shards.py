@@ -55,6 +55,7 @@ class Shards:
         """
         self.paths = list(paths)
         self.folder = files.cache_folder(cache)
+        _refuse_special(self.paths)
         self._cache = shared_cache(str(self.folder / "shards"), limit_from_environment())
         far = [path for path in self.paths if files.is_remote(path)]
         self.remote = bool(far)
@@ -138,7 +139,10 @@ class Shards:
 
         def write(stream: Any) -> None:
             out.seek(0)  # what is cut off at the end: until then the length is a claim to room
-            remote.copy(gzip.GzipFile(fileobj=stream, mode="rb") if unpack else stream, out)
+            if unpack:
+                self._unpack(path, stream, out)
+            else:
+                remote.copy(stream, out)
 
         if about is not None:
             remote.download(path, about, write)
@@ -148,6 +152,18 @@ class Shards:
                 write(packed)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
             raise DataError(f"{path} is damaged and cannot be unpacked: {error}") from error
+
+    def _unpack(self, path: str, stream: Any, out: Any) -> None:
+        """Gzipped bytes into a file. Raises DataError where they become more than there is room for."""
+        unpacked, count = gzip.GzipFile(fileobj=stream, mode="rb"), 0
+        while data := unpacked.read(1 << 20):
+            count += len(data)
+            if self._cache.is_too_large(count):
+                raise DataError(
+                    f"{path} unpacks to more than the cache {self.folder} has room for (over {count:,} bytes); raise "
+                    "VLMJAX_CACHE_LIMIT, or name a folder on a larger disk with VLMJAX_CACHE"
+                )
+            out.write(data)
 
     def file(self, i: int) -> tuple[str, Copy | None]:
         """A local path with the contents of file i, and what must be referred to for as long as that is used.
@@ -312,6 +328,14 @@ class _Ahead:
                 files.LOG.debug("download ahead of %s: %s", name, error)
             with self._lock:
                 self._known.discard(name)
+
+
+def _refuse_special(paths: Sequence[str]) -> None:
+    """Raise DataError for a pipe or a device: opening one may wait for ever. What is missing shows later."""
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if not files.is_remote(path) and files.is_special(path):
+                raise DataError(f"{path} is a pipe or a device; expected a file: write it to one first")
 
 
 def _is_gzipped(path: str) -> bool:
