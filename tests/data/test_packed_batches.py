@@ -78,7 +78,7 @@ class Packed:
         return out, bad, rows.position.tolist()
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4, 16])
+@pytest.mark.parametrize("hosts", [1, 2, 4, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_global_batch_is_the_same_for_any_number_of_hosts(words, hosts):
     one, several = Packed(words), [Packed(words, host, hosts) for host in range(hosts)]
     for step in (0, 9):

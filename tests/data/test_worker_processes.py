@@ -62,7 +62,7 @@ def _at(words, steps, **options) -> list[dict[str, np.ndarray]]:
 STEPS = (0, 3, 4, 7, 14, 15, 1000)
 
 
-@pytest.mark.parametrize("hosts", [1, 2, 4, 16])
+@pytest.mark.parametrize("hosts", [1, 2, 4, pytest.param(16, marks=pytest.mark.slow)])
 def test_the_global_batch_depends_on_nothing_but_seed_and_step(words, hosts):
     expected = _at(words, STEPS)
     for host in range(hosts):
@@ -95,6 +95,7 @@ def test_failures_of_a_process_are_counted_by_reason_and_source(words):
     assert data.work()["seconds"] > 0 and data.work()["batches"] == 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_is_an_error_that_says_so(words):
     data = _data(words, processes=2)
     next(data)
@@ -123,6 +124,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory has no folder here")
 def test_a_killed_trainer_leaves_no_shared_memory(tmp_path):
     script = tmp_path / "program.py"
