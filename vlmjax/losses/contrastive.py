@@ -1,18 +1,17 @@
-"""InfoNCE over the global batch: each device scores its own rows against everybody's, and nothing larger."""
+"""InfoNCE over the global batch, exact at any size: the matrix of similarities never exists."""
 
-import functools
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt32
 
 from vlmjax.errors import RecipeError
-from vlmjax.sharding.mesh import BATCH_AXES
-
-# Finite, so that a row with nothing to compare with gives a finite number that its weight 0 then removes.
-_EXCLUDED = float(jnp.finfo(jnp.float32).min)
+from vlmjax.losses.choice import choose
+from vlmjax.losses.log_sums import LogSums, Plan, log_sums
+from vlmjax.losses.tiles import Rows, Terms
 
 
 class Teacher(NamedTuple):
@@ -28,39 +27,26 @@ class Teacher(NamedTuple):
     weight: Any
 
 
-class _Side(NamedTuple):
-    """One modality of some rows, with what decides which keys are a query's positives."""
+class Memory(NamedTuple):
+    """Keys of a momentum encoder: those of this batch in place of its own features, and a queue of earlier ones.
 
-    embeds: Float[Array, "rows width"]
-    teacher: Float[Array, "rows teacher_width"] | None
-    ids: UInt32[Array, " rows"]
-    valid: Bool[Array, " rows"]
-
-
-class _Scalars(NamedTuple):
-    """What every device knows alike."""
-
-    logit_scale: Float[Array, ""]
-    teacher_scale: Float[Array, ""] | None
-    teacher_weight: Float[Array, ""] | None
-
-
-class _TileStatistics(NamedTuple):
-    """All that the loss of a query needs to know about a set of keys, each `[queries]` in fp32.
-
-    Every field is a maximum, a sum, or a sum relative to a maximum, so the statistics of two sets of keys
-    combine into those of their union: a streaming form folds tiles and changes nothing else.
+    L2-normalised; none receives a gradient. `queue_ids` are caption ids as in `positive_ids`, used with those alone.
     """
 
-    best_positive: Float[Array, " queries"]
-    best_negative: Float[Array, " queries"]
-    exp_sum: Float[Array, " queries"]  # relative to the larger of the two bests
-    positive_sum: Float[Array, " queries"]
-    positive_count: Float[Array, " queries"]
-    key_sum: Float[Array, " queries"]
-    key_count: Float[Array, ""]
-    teacher_exp_sum: Float[Array, " queries"] | None
-    teacher_score_sum: Float[Array, " queries"] | None  # sum of teacher weight times student score
+    image_keys: Float[Array, "batch width"]
+    text_keys: Float[Array, "batch width"]
+    image_queue: Float[Array, "queue width"]
+    text_queue: Float[Array, "queue width"]
+    queue_valid: Bool[Array, " queue"]
+    queue_ids: UInt32[Array, " queue"]
+
+
+class _Targets(NamedTuple):
+    """What turns the sums of a query into its loss."""
+
+    label_smoothing: float | int
+    hard_negatives: float | int
+    teacher_weight: Float[Array, ""] | None
 
 
 def info_nce(
@@ -73,6 +59,10 @@ def info_nce(
     positive_ids: UInt32[Array, " batch"] | None = None,
     label_smoothing: float | int = 0.0,
     teacher: Teacher | None = None,
+    hard_negatives: float | int = 0.0,
+    memory: Memory | None = None,
+    form: str = "auto",
+    feature_dtype: Any = jnp.float32,
 ) -> tuple[Float[Array, ""], dict[str, Float[Array, ""]]]:
     """Symmetric cross-entropy between images and texts over the global batch.
 
@@ -86,139 +76,161 @@ def info_nce(
         every row has one positive, its pair.
       label_smoothing: share of the hard target spread evenly over all valid keys, in [0, 1).
       teacher: soft targets, mixed with the hard ones.
+      hard_negatives: strength b of reweighting: a negative counts in proportion to exp(b score), the weights of a
+        query's negatives having mean 1. 0 counts all alike.
+      memory: keys from a momentum encoder and a queue, as in MoCo: images look for their text among these texts.
+      form: how the pairs are computed (vlmjax/losses/choice.py); the result is the same.
+      feature_dtype: what similarities are computed from: float32, exactly, or bfloat16, several times faster on
+        accelerators. Sums are fp32 either way.
 
     Returns:
       The loss, fp32, and `image_to_text_accuracy`, `text_to_image_accuracy`: the share of valid rows for
       which a positive scores higher than every negative.
 
     Raises:
-      RecipeError: `label_smoothing` outside [0, 1).
+      RecipeError: `label_smoothing` outside [0, 1), negative `hard_negatives`, or a form the mesh cannot have.
 
-    Source: Radford et al. 2021, figure 3; soft targets as in Li et al. 2021 (ALBEF), equations 6 and 7.
+    Source: Radford et al. 2021, figure 3; soft targets as in Li et al. 2021 (ALBEF, 2107.07651), equations 6 and 7;
+    reweighting as in Radenovic et al. 2023 (2301.02280), section 3.3; queue as in He et al. 2020 (1911.05722).
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise RecipeError(f"label_smoothing = {label_smoothing}: expected a number in [0, 1), such as 0.1")
-    batch = image_embeds.shape[0]
+    if hard_negatives < 0.0:
+        raise RecipeError(f"hard_negatives = {hard_negatives}: expected a number from 0, such as 0.25")
+    dtype = jnp.dtype(feature_dtype)
+    batch, width = image_embeds.shape
+    choice = choose(form, batch, width, mesh, feature_bytes=dtype.itemsize)
+    terms = Terms(
+        sharpness=(1.0 + hard_negatives, hard_negatives) if hard_negatives else (1.0,),
+        several=positive_ids is not None,
+        taught=teacher is not None,
+    )
+    plan = Plan(choice.route, terms, choice.tile, kernel=choice.kernel)
     ids = jnp.arange(batch, dtype=jnp.uint32) if positive_ids is None else positive_ids
     valid = jnp.ones(batch, bool) if valid is None else valid
-    scalars = _Scalars(logit_scale.astype(jnp.float32), None, None)
-    images = _side(image_embeds, teacher and teacher.image_embeds, ids, valid)
-    texts = _side(text_embeds, teacher and teacher.text_embeds, ids, valid)
+    images = _rows(image_embeds, ids, valid, dtype, teacher and teacher.image_embeds)
+    texts = _rows(text_embeds, ids, valid, dtype, teacher and teacher.text_embeds)
+    scale = logit_scale.astype(jnp.float32)
+    teacher_scale = jnp.float32(1.0)
+    targets = _Targets(label_smoothing, hard_negatives, None)
     if teacher is not None:
-        temperature = jnp.asarray(teacher.temperature, jnp.float32)
-        weight = jnp.asarray(teacher.weight, jnp.float32)
-        scalars = scalars._replace(teacher_scale=1.0 / temperature, teacher_weight=weight)
-    if mesh is None:
-        return _device_loss(images, texts, scalars, label_smoothing=label_smoothing, axes=())
-    rows, everywhere = PartitionSpec(BATCH_AXES), PartitionSpec()
-    device_loss = functools.partial(_device_loss, label_smoothing=label_smoothing, axes=BATCH_AXES)
-    sharded = jax.shard_map(
-        device_loss, mesh=mesh, in_specs=(rows, rows, everywhere), out_specs=(everywhere, everywhere)
-    )
-    return sharded(images, texts, scalars)
+        teacher_scale = 1.0 / jnp.asarray(teacher.temperature, jnp.float32)
+        targets = targets._replace(teacher_weight=jnp.asarray(teacher.weight, jnp.float32))
+    if memory is None:
+        image_sums, text_sums = log_sums(plan, images, texts, scale, teacher_scale)
+        directions = [(images, [texts], image_sums), (texts, [images], text_sums)]
+    else:
+        directions = _against_memory(plan, images, texts, memory, scale, teacher_scale)
+    losses, metrics = jnp.float32(0.0), {}
+    count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
+    names = ("image_to_text_accuracy", "text_to_image_accuracy")
+    for name, (queries, keys, sums) in zip(names, directions, strict=True):
+        of_query, right = _query_losses(queries, keys, sums, scale, targets)
+        losses += jnp.where(valid, of_query, 0.0).sum()
+        metrics[name] = jnp.sum(valid & right, dtype=jnp.float32) / count
+    return losses / (2.0 * count), metrics
 
 
-def _side(embeds: Array, teacher: Array | None, ids: Array, valid: Array) -> _Side:
-    """Upcasts first, so that products, sums and the reduction of gradients over devices are all fp32.
-
-    Rows that do not count become zero: what they held (NaN included) reaches neither value nor gradient.
-    """
-    embeds = jnp.where(valid[:, None], embeds.astype(jnp.float32), 0.0)
+def _rows(embeds: Array, ids: Array, valid: Array, dtype: Any, teacher: Array | None) -> Rows:
+    """Rows that do not count become zero: what they held (NaN included) reaches neither value nor gradient."""
+    embeds = jnp.where(valid[:, None], embeds.astype(dtype), jnp.zeros((), dtype))
     if teacher is not None:
         teacher = jnp.where(valid[:, None], jax.lax.stop_gradient(teacher).astype(jnp.float32), 0.0)
-    return _Side(embeds, teacher, ids, valid)
+    return Rows(embeds, ids, valid, teacher)
 
 
-def _device_loss(
-    images: _Side, texts: _Side, scalars: _Scalars, *, label_smoothing: float | int, axes: tuple[str, ...]
-) -> tuple[Array, dict[str, Array]]:
-    """Both directions for the rows of this device against the keys of all; the sums go over `axes`."""
-    image_loss, image_right = _direction(images, _gather(texts, axes), scalars, label_smoothing)
-    text_loss, text_right = _direction(texts, _gather(images, axes), scalars, label_smoothing)
-    sums = (image_loss + text_loss, image_right, text_right, images.valid.sum(dtype=jnp.float32))
-    loss, image_right, text_right, count = jax.lax.psum(sums, axes) if axes else sums
-    count = jnp.maximum(count, 1.0)
-    metrics = {"image_to_text_accuracy": image_right / count, "text_to_image_accuracy": text_right / count}
-    return loss / (2.0 * count), metrics
+def _against_memory(
+    plan: Plan, images: Rows, texts: Rows, memory: Memory, scale: Array, teacher_scale: Array
+) -> list[tuple[Rows, list[Rows], LogSums]]:
+    """Each modality's queries with the keys they look among, the batch's first, and their sums over all of them."""
+    plan = dataclasses.replace(plan, both=False)
+    dtype, batch = images.embeds.dtype, len(images.ids)
+    # Without caption ids a row's only positive is its pair, so no id of the queue may be that of a row.
+    queue_ids = memory.queue_ids
+    if not plan.terms.several:
+        queue_ids = batch + jnp.arange(len(memory.queue_valid), dtype=jnp.uint32)
+    directions = []
+    sides = ((images, memory.text_keys, memory.text_queue), (texts, memory.image_keys, memory.image_queue))
+    for queries, keys, queue in sides:
+        other = texts if queries is images else images
+        keys, queue = jax.lax.stop_gradient((keys, queue))
+        own = _rows(keys, other.ids, other.valid, dtype, other.teacher)
+        earlier = _rows(queue, queue_ids, memory.queue_valid, dtype, None)
+        if (
+            plan.terms.taught
+        ):  # the teacher is the momentum encoder itself: its queue holds what it said before
+            earlier = earlier._replace(teacher=earlier.embeds.astype(jnp.float32))
+        sums = union(
+            *(log_sums(plan, queries, keys, scale, teacher_scale)[0] for keys in (own, earlier)), plan.terms
+        )
+        directions.append((queries, [own, earlier], sums))
+    return directions
 
 
-def _gather(side: _Side, axes: tuple[str, ...]) -> _Side:
-    """The rows of all devices. Its transpose sums and scatters, which is the gradient of the keys."""
-    if not axes:
-        return side
-    return jax.tree.map(lambda x: jax.lax.all_gather(x, axes, tiled=True), side)
+def union(a: LogSums, b: LogSums, terms: Terms) -> LogSums:
+    """The sums over two disjoint sets of keys from the sums over each."""
 
+    def log_sum(x: Array, best_x: Array, y: Array, best_y: Array, best: Array, k: float = 1.0) -> Array:
+        return jnp.logaddexp(x + k * (best_x - best), y + k * (best_y - best))
 
-def _direction(
-    queries: _Side, keys: _Side, scalars: _Scalars, label_smoothing: float | int
-) -> tuple[Array, Array]:
-    """Sum over the valid queries of their loss, and how many found a positive first."""
-    tile = _tile_statistics(queries, keys, scalars)
-    losses = _query_losses(tile, scalars, label_smoothing)
-    right = tile.best_positive > tile.best_negative
-    return (
-        jnp.where(queries.valid, losses, 0.0).sum(),
-        jnp.sum(queries.valid & right, dtype=jnp.float32),
+    best = jnp.maximum(a.best_negative, b.best_negative)
+    negative = (
+        log_sum(x, a.best_negative, y, b.best_negative, best, k)
+        for k, x, y in zip(terms.sharpness, a.negative, b.negative, strict=True)
     )
-
-
-def _is_positive(queries: _Side, keys: _Side) -> Bool[Array, "queries keys"]:
-    """The one definition of the hard targets, for any tile of queries and keys."""
-    return (queries.ids[:, None] == keys.ids[None, :]) & keys.valid[None, :]
-
-
-def _similarity(
-    queries: Float[Array, "queries width"], keys: Float[Array, "keys width"], scale: Float[Array, ""]
-) -> Float[Array, "queries keys"]:
-    # Full fp32 products: at scale 100 the default of accelerators (bf16 or tf32 passes) is off by 1e-2, and
-    # the loss is too small a part of a step for the cheaper product to show.
-    product = jax.lax.dot_general(
-        queries,
-        keys,
-        (((1,), (1,)), ((), ())),
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
-    return scale * product
-
-
-def _tile_statistics(queries: _Side, keys: _Side, scalars: _Scalars) -> _TileStatistics:
-    """What the queries need to know about these keys."""
-    is_key, positive = keys.valid[None, :], _is_positive(queries, keys)
-    scores = _similarity(queries.embeds, keys.embeds, scalars.logit_scale)
-    best_positive = jax.lax.stop_gradient(jnp.where(positive, scores, _EXCLUDED).max(1))
-    best_negative = jax.lax.stop_gradient(jnp.where(is_key & ~positive, scores, _EXCLUDED).max(1))
-    best = jnp.maximum(best_positive, best_negative)
-    statistics = _TileStatistics(
-        best_positive=best_positive,
-        best_negative=best_negative,
-        exp_sum=jnp.exp(jnp.where(is_key, scores, _EXCLUDED) - best[:, None]).sum(1),
-        positive_sum=jnp.where(positive, scores, 0.0).sum(1),
-        positive_count=positive.sum(1, dtype=jnp.float32),
-        key_sum=jnp.where(is_key, scores, 0.0).sum(1),
-        key_count=keys.valid.sum(dtype=jnp.float32),
-        teacher_exp_sum=None,
-        teacher_score_sum=None,
-    )
-    if queries.teacher is None:
-        return statistics
-    weights = _similarity(queries.teacher, keys.teacher, scalars.teacher_scale)
-    weights = jnp.where(is_key, weights, _EXCLUDED)
-    weights = jnp.exp(weights - weights.max(1, keepdims=True))
-    return statistics._replace(teacher_exp_sum=weights.sum(1), teacher_score_sum=(weights * scores).sum(1))
+    result = LogSums(tuple(negative), best)
+    if terms.several:
+        count = a.positive_count + b.positive_count
+        total = a.positive_mean * a.positive_count + b.positive_mean * b.positive_count
+        best = jnp.maximum(a.best_positive, b.best_positive)
+        result = dataclasses.replace(
+            result,
+            positive=log_sum(a.positive, a.best_positive, b.positive, b.best_positive, best),
+            positive_mean=total / jnp.maximum(count, 1.0),
+            positive_count=count,
+            best_positive=best,
+        )
+    if terms.taught:
+        share = jax.nn.sigmoid(a.teacher - b.teacher)
+        taught = share * a.taught + (1.0 - share) * b.taught
+        result = dataclasses.replace(result, taught=taught, teacher=jnp.logaddexp(a.teacher, b.teacher))
+    return result
 
 
 def _query_losses(
-    tile: _TileStatistics, scalars: _Scalars, label_smoothing: float | int
-) -> Float[Array, " queries"]:
-    """Cross-entropy of each query: log of the sum of exponentials minus the mean score under its targets."""
-    wanted = tile.positive_sum / jnp.maximum(tile.positive_count, 1.0)
-    if label_smoothing:
-        everything = tile.key_sum / jnp.maximum(tile.key_count, 1.0)
-        wanted = (1.0 - label_smoothing) * wanted + label_smoothing * everything
-    if scalars.teacher_weight is not None:
-        taught = tile.teacher_score_sum / tile.teacher_exp_sum
-        wanted = (1.0 - scalars.teacher_weight) * wanted + scalars.teacher_weight * taught
-    best = jnp.maximum(tile.best_positive, tile.best_negative)
-    # The large numbers are subtracted from each other first: what is left is small and keeps its digits.
-    return (best - wanted) + jnp.log(tile.exp_sum)
+    queries: Rows, keys: list[Rows], sums: LogSums, scale: Array, targets: _Targets
+) -> tuple[Float[Array, " queries"], Bool[Array, " queries"]]:
+    """Cross-entropy of each query, and whether one of its positives scores best.
+
+    That is log of the sum of exponentials minus the mean score under its targets; large numbers are subtracted from
+    each other first, so that what is left keeps its digits.
+    """
+    pair = scale * jnp.sum(queries.embeds.astype(jnp.float32) * keys[0].embeds.astype(jnp.float32), 1)
+    count = sum(side.valid.sum(dtype=jnp.float32) for side in keys)
+    positives = jnp.ones_like(pair) if sums.positive is None else sums.positive_count
+    negative, best = _negatives(sums, count - positives, targets.hard_negatives), sums.best_negative
+    if sums.positive is None:
+        hard, best_positive = pair, pair
+        losses = jax.nn.softplus(negative + (best - pair))
+    else:
+        hard, best_positive = sums.positive_mean, sums.best_positive
+        losses = jax.nn.softplus(negative - sums.positive + (best - best_positive))
+        losses += sums.positive + (best_positive - hard)
+    wanted = hard
+    if targets.label_smoothing:
+        mean = sum(side.embeds.astype(jnp.float32).sum(0) for side in keys) / jnp.maximum(count, 1.0)
+        everything = scale * jnp.matmul(
+            queries.embeds.astype(jnp.float32), mean, precision=jax.lax.Precision.HIGHEST
+        )
+        wanted = wanted + targets.label_smoothing * (everything - wanted)
+    if targets.teacher_weight is not None:
+        wanted = wanted + targets.teacher_weight * (sums.taught - wanted)
+    return losses + (hard - wanted), best_positive > best
+
+
+def _negatives(sums: LogSums, count: Array, hardness: float | int) -> Array:
+    """log of the sum over `count` negatives of exp(score - the best score), each with its weight."""
+    if not hardness:
+        return sums.negative[0]
+    weighted = jnp.log(jnp.maximum(count, 1.0)) + sums.negative[0] - sums.negative[1]
+    return jnp.where(count > 0.0, weighted, 0.0)  # without any the best score is EXCLUDED

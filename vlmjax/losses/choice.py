@@ -1,0 +1,79 @@
+"""How a contrastive loss is computed for a batch on a mesh: gathered at once, round a ring, or both."""
+
+import math
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from vlmjax.errors import RecipeError
+from vlmjax.losses.travel import Route, make_route
+from vlmjax.sharding.mesh import AXES, BATCH_AXES, batch_shards
+
+FORMS = ("auto", "gather", "ring", "hierarchical")
+
+# A gathered block and the gradient it collects may take this much of a device's memory; beyond, blocks travel.
+GATHER_BYTES = 1 << 28
+# Rows of a tile: its fp32 scores stay in the fast memory of a TPU core (128 MiB), of a GPU (50 MB), of a CPU core (1 MB).
+TILES = {"tpu": 2048, "gpu": 2048, "cpu": 512}
+
+
+class Choice(NamedTuple):
+    """The form of a loss, and what it takes on each device beside the features and their gradients."""
+
+    form: str
+    route: Route
+    tile: int
+    kernel: str  # what computes a tile: xla | pallas
+    predicted_bytes: int
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        where = f"over {'+'.join(self.route.axes)}" if self.route.axes else "on one device"
+        return f"{self.form} {where}, tiles of {self.tile}, about {_size(self.predicted_bytes)} a device"
+
+
+def choose(form: str, batch: int, width: int, mesh: Mesh | None, *, feature_bytes: int = 4) -> Choice:
+    """The form of a loss over a global batch.
+
+    Args:
+      form: one of FORMS. "auto" gathers while that takes little memory and goes round a ring beyond.
+      batch: rows of the global batch.
+      width: of the features.
+      mesh: None for one device.
+      feature_bytes: of one number of a feature.
+
+    Raises:
+      RecipeError: an unknown form, or a hierarchy on a mesh with one axis.
+    """
+    if form not in FORMS:
+        raise RecipeError(f"loss.form = {form!r}: expected one of {', '.join(FORMS)}")
+    if mesh is None:
+        return Choice(
+            "one block", Route(), TILES["cpu"], "xla", _tile_bytes(TILES["cpu"], batch, batch, width, 1)
+        )
+    axes = AXES if batch % mesh.size == 0 else BATCH_AXES
+    devices = math.prod(mesh.shape[axis] for axis in axes)
+    tile = TILES.get(mesh.devices.flat[0].platform, TILES["gpu"])
+    if form == "auto":
+        form = "gather" if batch * width * (feature_bytes + 4) <= GATHER_BYTES else "ring"
+    if form == "hierarchical" and min(mesh.shape["data"], batch_shards(mesh) // mesh.shape["data"]) < 2:
+        raise RecipeError(
+            f"loss.form = 'hierarchical' gathers along fsdp and goes round a ring along data, but the mesh has "
+            f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}: give both at least 2, or use 'ring'"
+        )
+    gather = {"gather": axes, "ring": (), "hierarchical": axes[1:]}[form]
+    route = make_route(mesh, axes, gather)
+    rows = batch // devices
+    keys = rows * route.gathered
+    copies = 1 if route.gather else 2  # a block and the one that follows it
+    block = copies * keys * width * (feature_bytes + 4) + rows * width * 4
+    return Choice(form, route, tile, "xla", block + _tile_bytes(tile, rows, keys, width, feature_bytes))
+
+
+def _tile_bytes(tile: int, rows: int, keys: int, width: int, feature_bytes: int) -> int:
+    """Scores and slopes of a tile, fp32 and as the features, and its part of the gradients."""
+    return min(tile, rows) * min(tile, keys) * (8 + feature_bytes) + 2 * min(tile, keys) * width * 4
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**28 else f"{count / 2**20:.1f} MiB"
