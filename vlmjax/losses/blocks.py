@@ -22,11 +22,14 @@ from vlmjax.losses.tiles import (
 Tree = Any
 
 
-def tile_rows(rows: int, most: int, parts: int = 1) -> int:
-    """Rows of a tile, at most about `most`, so that `parts` equal parts of `rows` rows are cut with little padding."""
+def tile_rows(rows: int, most: int, parts: int = 1, multiple: int = 8) -> int:
+    """Rows of a tile, at most about `most`, so that `parts` equal parts of `rows` rows are cut with little padding.
+
+    One tile is as long as its part (with `multiple` 8, as XLA takes any length); several are a multiple of `multiple`.
+    """
     part = -(-rows // parts)
     tiles = -(-part // most)
-    return part if tiles == 1 else -(-part // (8 * tiles)) * 8
+    return part if tiles == 1 and multiple == 8 else -(-part // (multiple * tiles)) * multiple
 
 
 def tile_columns(tile: int, blocks: int, most: int) -> int:

@@ -1,11 +1,14 @@
 """How a contrastive loss is computed for a batch on a mesh: gathered at once, round a ring, or both."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
+from vlmjax.losses import tpu_kernel
+from vlmjax.losses.tiles import Terms
 from vlmjax.losses.travel import Route, make_route
 from vlmjax.sharding.mesh import AXES, BATCH_AXES, batch_shards
 
@@ -13,8 +16,10 @@ FORMS = ("auto", "gather", "ring", "hierarchical")
 
 # A gathered block and the gradient it collects may take this much of a device's memory; beyond, blocks travel.
 GATHER_BYTES = 1 << 28
-# Rows of a tile: its fp32 scores stay in the fast memory of a TPU core (128 MiB), of a GPU (50 MB), of a CPU core (1 MB).
+# Rows of a tile, so that its fp32 scores stay in fast memory: of a TPU core (128 MiB), a GPU (50 MB), a CPU core (1 MB).
 TILES = {"tpu": 2048, "gpu": 2048, "cpu": 512}
+
+PLAIN = Terms()
 
 
 class Choice(NamedTuple):
@@ -29,10 +34,13 @@ class Choice(NamedTuple):
     def describe(self) -> str:
         """One line for the start of a run."""
         where = f"over {'+'.join(self.route.axes)}" if self.route.axes else "on one device"
-        return f"{self.form} {where}, tiles of {self.tile}, about {_size(self.predicted_bytes)} a device"
+        tiles = f"tiles of {self.tile} ({self.kernel})"
+        return f"{self.form} {where}, {tiles}, about {_size(self.predicted_bytes)} a device"
 
 
-def choose(form: str, batch: int, width: int, mesh: Mesh | None, *, feature_bytes: int = 4) -> Choice:
+def choose(
+    form: str, batch: int, width: int, mesh: Mesh | None, *, dtype: Any = jnp.float32, terms: Terms = PLAIN
+) -> Choice:
     """The form of a loss over a global batch.
 
     Args:
@@ -40,7 +48,8 @@ def choose(form: str, batch: int, width: int, mesh: Mesh | None, *, feature_byte
       batch: rows of the global batch.
       width: of the features.
       mesh: None for one device.
-      feature_bytes: of one number of a feature.
+      dtype: of the features.
+      terms: the sums that the loss asks for.
 
     Raises:
       RecipeError: an unknown form, or a hierarchy on a mesh with one axis.
@@ -53,7 +62,8 @@ def choose(form: str, batch: int, width: int, mesh: Mesh | None, *, feature_byte
         )
     axes = AXES if batch % mesh.size == 0 else BATCH_AXES
     devices = math.prod(mesh.shape[axis] for axis in axes)
-    tile = TILES.get(mesh.devices.flat[0].platform, TILES["gpu"])
+    platform, feature_bytes = mesh.devices.flat[0].platform, jnp.dtype(dtype).itemsize
+    tile = TILES.get(platform, TILES["gpu"])
     if form == "auto":
         form = "gather" if batch * width * (feature_bytes + 4) <= GATHER_BYTES else "ring"
     if form == "hierarchical" and min(mesh.shape["data"], batch_shards(mesh) // mesh.shape["data"]) < 2:
@@ -67,7 +77,10 @@ def choose(form: str, batch: int, width: int, mesh: Mesh | None, *, feature_byte
     keys = rows * route.gathered
     copies = 1 if route.gather else 2  # a block and the one that follows it
     block = copies * keys * width * (feature_bytes + 4) + rows * width * 4
-    return Choice(form, route, tile, "xla", block + _tile_bytes(tile, rows, keys, width, feature_bytes))
+    # Below some rows a device, padding them to whole tiles of the kernel costs more than it saves.
+    long = rows // (2 if route.two_way else 1) >= tpu_kernel.ROWS
+    kernel = "pallas" if platform == "tpu" and long and tpu_kernel.serves(terms, width, dtype) else "xla"
+    return Choice(form, route, tile, kernel, block + _tile_bytes(tile, rows, keys, width, feature_bytes))
 
 
 def _tile_bytes(tile: int, rows: int, keys: int, width: int, feature_bytes: int) -> int:

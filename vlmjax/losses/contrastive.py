@@ -99,12 +99,12 @@ def info_nce(
         raise RecipeError(f"hard_negatives = {hard_negatives}: expected a number from 0, such as 0.25")
     dtype = jnp.dtype(feature_dtype)
     batch, width = image_embeds.shape
-    choice = choose(form, batch, width, mesh, feature_bytes=dtype.itemsize)
     terms = Terms(
         sharpness=(1.0 + hard_negatives, hard_negatives) if hard_negatives else (1.0,),
         several=positive_ids is not None,
         taught=teacher is not None,
     )
+    choice = choose(form, batch, width, mesh, dtype=dtype, terms=terms)
     plan = Plan(choice.route, terms, choice.tile, kernel=choice.kernel)
     ids = jnp.arange(batch, dtype=jnp.uint32) if positive_ids is None else positive_ids
     valid = jnp.ones(batch, bool) if valid is None else valid

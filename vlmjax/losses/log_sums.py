@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from vlmjax.losses import blocks
+from vlmjax.losses import blocks, tpu_kernel
 from vlmjax.losses.tiles import Rows, Slopes, Sums, Terms, merge, no_sums, reduce_stack
 from vlmjax.losses.travel import Route, visit_all
 
@@ -29,7 +29,9 @@ class Plan:
     terms: Terms = Terms()
     tile: int = 1024  # rows and columns of a tile, at most
     both: bool = True  # sums of keys over queries too; False: keys are a bank, without sums or gradient
-    kernel: str = "xla"  # what computes a tile: xla | pallas
+    kernel: str = (
+        "xla"  # what computes a block: xla | pallas (TPU) | interpreted (the same kernel, anywhere, slowly)
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -37,10 +39,10 @@ class Plan:
 class LogSums:
     """For each query (or key), over the keys (or queries) of the global batch; each fp32 [batch].
 
-    `negative` holds log sum exp(k * (score - best_negative)) over negatives for each k of `Terms.sharpness`; `positive`
-    the same over positives, with k = 1; `positive_mean` is their mean score; `taught` the mean score under the teacher's
-    softmax, whose own log of sums is `teacher`. Gradients flow through the first four. The best scores and the rest are
-    constants: apart from their maximum, sums of scores near 100 keep their digits.
+    `negative` holds log sum exp(k * (score - best_negative)) over negatives for each k of `Terms.sharpness`;
+    `positive` the same over positives, with k = 1; `positive_mean` is their mean score; `taught` the mean score under the
+    teacher's softmax, whose own log of sums is `teacher`. Gradients flow through the first four. The best scores and
+    the rest are constants: apart from their maximum, sums of scores near 100 keep their digits.
     """
 
     negative: tuple[Array, ...]
@@ -81,6 +83,10 @@ def _forward(plan: Plan, queries: Array, keys: Array, scale: Array, fixed: Tree)
         (queries, keys), tile, count = _padded(plan, queries, keys)
 
         def visit(mine: Sums, block: Rows, theirs: Sums | None) -> tuple:
+            if plan.kernel != "xla":
+                return tpu_kernel.block_sums(
+                    queries, mine, block, theirs, scale, plan.kernel == "interpreted"
+                )
             return blocks.block_sums(tile, queries, mine, block, theirs, scale, teacher_scale, plan.terms)
 
         mine, theirs = visit_all(
@@ -134,6 +140,9 @@ def _backward(plan: Plan, kept: tuple, cotangents: tuple) -> tuple:
         width = queries[0].embeds.shape[1]
 
         def visit(mine: Array, block: tuple, theirs: Array | None) -> tuple:
+            if plan.kernel != "xla":
+                interpret = plan.kernel == "interpreted"
+                return tpu_kernel.block_gradients(queries, mine, block, theirs, scale, interpret)
             return blocks.block_gradients(
                 tile, queries, mine, block, theirs, scale, teacher_scale, plan.terms
             )
@@ -184,10 +193,13 @@ def _slopes(sums: Sums, d: LogSums, terms: Terms) -> Slopes:
 
 
 def _padded(plan: Plan, queries: Tree, keys: Tree) -> tuple:
-    """Both sides with rows that no pair counts, until tiles fit; rows and columns of a tile; the rows that were there."""
+    """Both sides with rows that no pair counts, until tiles fit; a tile's rows and columns; the rows that were there."""
     counts = tuple(len(jax.tree.leaves(side)[0]) for side in (queries, keys))
     parts = 2 if plan.route.two_way else 1
-    tiles = [blocks.tile_rows(count, plan.tile, n) for count, n in zip(counts, (1, parts), strict=True)]
+    multiple = 8 if plan.kernel == "xla" else tpu_kernel.ROWS
+    tiles = [
+        blocks.tile_rows(count, plan.tile, n, multiple) for count, n in zip(counts, (1, parts), strict=True)
+    ]
     padded = (
         blocks.pad_rows(side, -(-count // unit) * unit)
         for side, count, unit in zip((queries, keys), counts, (tiles[0], tiles[1] * parts), strict=True)

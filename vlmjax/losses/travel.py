@@ -118,7 +118,7 @@ def visit_all(
     if route.hops == 1:
         mine, part = visit(mine, _gather(route, block), theirs(count * route.gathered))
         return mine, collect(part) if route.gather else part
-    mine, _, done = lax.fori_loop(0, route.hops, hop, (mine, block, theirs(count)))
+    mine, _, done = lax.fori_loop(0, route.hops, hop, (mine, block, theirs(count)), unroll=2)
     return mine, hand_on(route, done, 1)
 
 
@@ -142,7 +142,7 @@ def _two_way(route: Route, block: Tree, mine: Tree, theirs: Callable, visit: Cal
         return mine, next_front, front_done, next_back, back_done
 
     carry = (mine, front, theirs(half), back, theirs(half))
-    mine, _, front_done, _, back_done = lax.fori_loop(0, route.hops, hop, carry)
+    mine, _, front_done, _, back_done = lax.fori_loop(0, route.hops, hop, carry, unroll=2)
     back_done = hand_on(route, back_done, -1)
     return mine, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), front_done, back_done)
 

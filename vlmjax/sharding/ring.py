@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 
 def ring_order(devices: Sequence[Any]) -> list[int]:
-    """Positions in `devices`, ordered so that neighbours in the order, and its two ends, are neighbours on the chip grid.
+    """Positions in `devices`, ordered so that neighbours in it, and its two ends, are neighbours on the chip grid.
 
     TPU slices are grids of chips with links along the axes. Some (v5e beyond 4x4) can only send along one axis at a
     time, so a ring in the order of device numbers, whose hops change row and column at once, loses its overlap with
