@@ -135,12 +135,26 @@ def recipe() -> Config:
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     c.loss = Config()
+    c.loss.kind = "softmax"  # softmax (CLIP) | sigmoid (SigLIP)
+    c.loss.form = (
+        "auto"  # gather | ring | hierarchical: same result, other memory; auto rings when it is large
+    )
+    c.loss.feature_dtype = (
+        "auto"  # float32 | bfloat16: what is multiplied; auto: bfloat16 round a ring, else float32
+    )
     c.loss.logit_scale = "capped"  # learned | capped (at most logit_scale_max) | fixed (as it starts)
     c.loss.logit_scale_init = 1 / 0.07  # CLIP paper section 2.5
     c.loss.logit_scale_max = 100.0  # CLIP paper section 2.5
+    c.loss.logit_bias_init = -10.0  # sigmoid only; SigLIP paper section 3.2
     c.loss.label_smoothing = 0.0
     c.loss.positives = (
         "pairs"  # pairs (row i with row i) | captions (rows with equal captions are positives too)
+    )
+    c.loss.hard_negatives = 0.0  # negatives count in proportion to exp(this x logit); 2301.02280 section 3.3
+    c.loss.momentum = 0.0  # keys from a moving average of the towers, e.g. 0.999 (MoCo, 1911.05722); 0 = none
+    c.loss.queue = 0  # keys kept from earlier batches, a multiple of batch_size; needs momentum
+    c.loss.soft_targets = (
+        0.0  # share of the average's own similarities in the targets (ALBEF); needs momentum
     )
 
     c.data = Config()
@@ -178,7 +192,9 @@ def recipe() -> Config:
     c.optimizer.cooldown = duration()  # linear, to 0 (rsqrt and constant)
     c.optimizer.learning_rate_multipliers = ()  # ((regex, factor), ...), first match wins, others 1
     # CLIP paper section 2.5: decay "all weights that are not gains or biases"
-    c.optimizer.weight_decay_multipliers = ((r".*(/bias|/scale|class_embedding|logit_scale)", 0.0),)
+    c.optimizer.weight_decay_multipliers = (
+        (r".*(/bias|/scale|class_embedding|logit_scale|logit_bias)", 0.0),
+    )
 
     c.ema = Config({"decay": 0.0})  # moving average of the parameters, evaluated and exported; 0 = none
 
@@ -211,6 +227,8 @@ def tiny(c: Config) -> Config:
         {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32}
     )
     c.model.projection_dim = 32
+    c.loss.queue = min(c.loss.queue, 2 * c.batch_size)
+    c.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     c.data.train = "scenes"
     c.data.tokenizer = "bpe:640"
     c.optimizer.learning_rate = 2e-3

@@ -33,8 +33,7 @@ def check_values(c: Any) -> None:
     _one_of(c.model.text.kind, "config.model.text.kind", ("clip", "bert"))
     _one_of(c.model.dtype, "config.model.dtype", ("auto", "bfloat16", "float32"))
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
-    _one_of(c.loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
-    _one_of(c.loss.positives, "config.loss.positives", ("pairs", "captions"))
+    _check_loss(c.loss)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
     for name in ("batch_size", "micro_batches", "log_every"):
@@ -54,17 +53,10 @@ def check_values(c: Any) -> None:
             f"config.model.image.image_size={image.image_size} is smaller than patch_size={image.patch_size}"
         )
     _in_range(image.patch_dropout, 0, 1, "config.model.image.patch_dropout")
-    _in_range(c.loss.label_smoothing, 0, 1, "config.loss.label_smoothing")
     _in_range(c.ema.decay, 0, 1, "config.ema.decay")
     _in_range(c.data.max_bad_share, 0, 1, "config.data.max_bad_share", closed=True)
     for name in ("learning_rate", "eps"):
         _positive(c.optimizer[name], f"config.optimizer.{name}")
-    for name in ("logit_scale_init", "logit_scale_max"):
-        _positive(c.loss[name], f"config.loss.{name}")
-    if c.loss.logit_scale == "capped" and c.loss.logit_scale_init > c.loss.logit_scale_max:
-        raise RecipeError(
-            f"config.loss.logit_scale_init={c.loss.logit_scale_init} is above logit_scale_max={c.loss.logit_scale_max}"
-        )
     for name in ("b1", "b2"):
         _in_range(c.optimizer[name], 0, 1, f"config.optimizer.{name}")
     for name in ("weight_decay", "clip_norm"):
@@ -76,6 +68,39 @@ def check_values(c: Any) -> None:
     _check_rules(c)
     _check_data(c)
     _check_evals(c)
+
+
+def _check_loss(loss: Any) -> None:
+    """What each value may be, and what only one of the losses knows."""
+    from vlmjax.losses import FORMS
+
+    _one_of(loss.kind, "config.loss.kind", ("softmax", "sigmoid"))
+    _one_of(loss.form, "config.loss.form", FORMS)
+    _one_of(loss.feature_dtype, "config.loss.feature_dtype", ("auto", "float32", "bfloat16"))
+    _one_of(loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
+    _one_of(loss.positives, "config.loss.positives", ("pairs", "captions"))
+    for name in ("logit_scale_init", "logit_scale_max"):
+        _positive(loss[name], f"config.loss.{name}")
+    if loss.logit_scale == "capped" and loss.logit_scale_init > loss.logit_scale_max:
+        raise RecipeError(
+            f"config.loss.logit_scale_init={loss.logit_scale_init} is above logit_scale_max={loss.logit_scale_max}"
+        )
+    for name in ("label_smoothing", "momentum"):
+        _in_range(loss[name], 0, 1, f"config.loss.{name}")
+    _in_range(loss.soft_targets, 0, 1, "config.loss.soft_targets", closed=True)
+    for name in ("hard_negatives", "queue"):
+        _at_least(loss[name], 0, f"config.loss.{name}")
+    for name in ("queue", "soft_targets"):
+        if loss[name] and not loss.momentum:
+            raise RecipeError(
+                f"config.loss.{name}={loss[name]} needs a momentum encoder: set config.loss.momentum, such as 0.999"
+            )
+    if loss.kind == "sigmoid":
+        for name in ("label_smoothing", "hard_negatives", "momentum"):
+            if loss[name]:
+                raise RecipeError(
+                    f"config.loss.{name}={loss[name]} belongs to the softmax; with kind='sigmoid' leave it at 0"
+                )
 
 
 def _check_mesh(c: Any) -> None:

@@ -38,7 +38,7 @@ def test_pairs_of_a_batch_are_compared_where_nothing_else_is(tmp_path, monkeypat
     tokenizer = build.make_tokenizer(recipe, source, workdir)
     model = build.make_model(recipe, tokenizer)
     params = jax.jit(lambda: init_params(model, 0), out_shardings=replicated(mesh))()
-    state = TrainState(step=0, params=params, frozen={}, opt_state=(), ema={})
+    state = TrainState(step=0, params=params, frozen={}, opt_state=(), ema={}, extra={})
     rows = [1000, 5, 77, 3]
     Evaluations(recipe, model, tokenizer, mesh, workdir).compare(state, Damaged(source, np.array(rows)))
     path = tmp_path / "report" / "similarity.npz"

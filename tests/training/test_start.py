@@ -16,6 +16,7 @@ from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import make_mesh
+from vlmjax.stages.stage import Stage
 from vlmjax.training import build
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.start import init_params, start_state
@@ -52,8 +53,9 @@ def folder(tmp_path_factory):
 
 def started(recipe, mesh, checkpoints, frozen=()):
     model = build.make_model(recipe, Words())
+    recipe.frozen = frozen
     state, data, _ = start_state(
-        recipe, model, lambda *_: optax.scale_by_adam(), frozen, mesh, Checkpoints(str(checkpoints))
+        recipe, model, lambda *_: optax.scale_by_adam(), Stage(), mesh, Checkpoints(str(checkpoints))
     )
     return model, state, data
 

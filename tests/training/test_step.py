@@ -15,6 +15,7 @@ from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.contrastive import Contrastive
+from vlmjax.stages.stage import Stage
 from vlmjax.training.start import init_params
 from vlmjax.training.state import make_state, merge, state_shardings
 from vlmjax.training.step import cached_value_and_grad, make_train_step, value_and_grad
@@ -56,6 +57,11 @@ def batch(seed=0):
         "caption_id": rng.integers(0, 20, BATCH).astype(np.uint32),
         "valid": rng.random(BATCH) < 0.9,
     }
+
+
+def state_of(params):
+    """A state at step 0 of these parameters alone."""
+    return make_state(params, (), optax.sgd(1.0), False)
 
 
 def mesh_of(sizes):
@@ -127,22 +133,21 @@ def test_micro_batches_hold_every_row_once(params):
     rows = to_global({**batch(), "valid": np.ones(BATCH, bool)}, mesh, BATCH)
     rng = jax.random.key(0)
 
-    class Rows:
-        """Stands for a stage: the loss weighs each row by its number, so a row out of place shows."""
+    class Rows(Stage):
+        """The loss weighs each row by its number, so a row out of place shows."""
 
         def encode(self, p, part, _):
             return {"x": p["w"] * part["input_ids"][:, :1].astype(jnp.float32)}
 
-        def head(self, p, features, whole):
+        def head(self, p, features, whole, extra):
             weight = jnp.arange(BATCH, dtype=jnp.float32)[:, None]
             return (weight * features["x"]).sum() + p["w"] * 3.0, {}
 
     weights = {"w": jnp.float32(2.0)}
-    (loss, _), grads = value_and_grad(Rows(), weights, {}, rows, rng)
+    (loss, _), grads = value_and_grad(Rows(), state_of(weights), rows, rng)
     for n in (2, 4):
-        (again, _), more = jax.jit(lambda p, b, n=n: cached_value_and_grad(Rows(), p, {}, b, rng, n, mesh))(
-            weights, rows
-        )
+        step = jax.jit(lambda s, b, n=n: cached_value_and_grad(Rows(), s, b, rng, n, mesh))
+        (again, _), more = step(state_of(weights), rows)
         np.testing.assert_allclose(again, loss, rtol=1e-6)
         np.testing.assert_allclose(more["w"], grads["w"], rtol=1e-6)
     assert stage.frozen == ()
@@ -200,7 +205,7 @@ def test_invalid_rows_reach_neither_loss_nor_gradient(params):
     counted = {**other, "valid": np.ones(BATCH, bool)}
     mesh, recipe = mesh_of(ONE), tiny.recipe()
     stage, rng = Contrastive(recipe, MODEL, mesh), jax.random.key(0)
-    compiled = jax.jit(lambda p, b: value_and_grad(stage, p, {}, b, rng))
+    compiled = jax.jit(lambda p, b: value_and_grad(stage, state_of(p), b, rng))
     ((loss, _), grads), ((same, _), again), ((different, _), _) = (
         compiled(params, to_global(b, mesh, BATCH)) for b in (first, other, counted)
     )
@@ -208,18 +213,15 @@ def test_invalid_rows_reach_neither_loss_nor_gradient(params):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), grads, again)
 
 
-class Halves:
-    """Stands for a stage of two groups, of which one can be made infinite by the data."""
+class Halves(Stage):
+    """Two groups, of which one can be made infinite by the data."""
 
     def encode(self, params, batch, rng):
         x = batch["x"]
         return {"good": params["good"]["w"] * x, "bad": jnp.sqrt(params["bad"]["w"] * x)}
 
-    def head(self, params, features, batch):
+    def head(self, params, features, batch, extra):
         return features["good"].sum() + features["bad"].sum(), {}
-
-    def project(self, params):
-        return params
 
 
 def test_a_step_that_is_not_finite_changes_nothing_and_names_the_group():
@@ -239,17 +241,14 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_group():
     jax.tree.map(np.testing.assert_array_equal, after, state)
 
 
-class Line:
-    """Stands for a stage of one parameter, small enough to follow by hand."""
+class Line(Stage):
+    """One parameter, small enough to follow by hand."""
 
     def encode(self, params, batch, rng):
         return {"y": params["w"] * batch["x"]}
 
-    def head(self, params, features, batch):
+    def head(self, params, features, batch, extra):
         return jnp.square(features["y"] - 3.0).sum(), {}
-
-    def project(self, params):
-        return params
 
 
 def test_moving_average_and_rates_against_numpy():

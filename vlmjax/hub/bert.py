@@ -147,4 +147,5 @@ DUAL_ENCODER = Family(
     inputs=lambda m: example_inputs(m.config),
     within={},
     processor="VisionTextDualEncoderProcessor",
+    beside=("logit_bias",),
 )

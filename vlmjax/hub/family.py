@@ -26,6 +26,8 @@ class Family(NamedTuple):
         inputs: module -> smallest inputs that create every parameter.
         within: larger classes whose folders hold this one -> regexes of their tensors that stay behind.
         processor: the class's processor in transformers, None where there is none.
+        beside: scalar parameters that training may have and the class has not; config.json keeps them, as keys that
+            transformers carries along unread.
     """
 
     architecture: str
@@ -36,6 +38,7 @@ class Family(NamedTuple):
     inputs: Callable[[Any], dict[str, Any]]
     within: Mapping[str, tuple[str, ...]]
     processor: str | None
+    beside: tuple[str, ...] = ()
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 
 from vlmjax.errors import HubError, RecipeError
 from vlmjax.hub import bert, clip, processor, safetensors, table
@@ -85,7 +86,8 @@ def load(
         shardings=places,
         where=str(path),
     )
-    return model, params
+    config = read_config(path)
+    return model, {**params, **{name: jnp.float32(config[name]) for name in family.beside if name in config}}
 
 
 def load_model(folder: str | os.PathLike[str]) -> nn.Module:
@@ -129,6 +131,9 @@ def save(
     family = family_of(model)
     config = family.to_config(model)
     config |= {"architectures": [family.architecture], "torch_dtype": dtype}
+    beside = {name: float(params[name]) for name in family.beside if name in params}
+    config |= beside
+    params = {name: value for name, value in params.items() if name not in beside}
     expected = abstract_params(family, model)
     tensors = table.write(family.rows(model), params, expected, dtype=DTYPES[_known(dtype, "dtype")])
     settings = processor.check(family, model, tokenizer, image_processor)

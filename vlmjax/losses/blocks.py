@@ -4,7 +4,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
@@ -20,22 +19,6 @@ from vlmjax.losses.tiles import (
 )
 
 Tree = Any
-
-
-def tile_rows(rows: int, most: int, parts: int = 1, multiple: int = 8) -> int:
-    """Rows of a tile, at most about `most`, so that `parts` equal parts of `rows` rows are cut with little padding.
-
-    One tile is as long as its part (with `multiple` 8, as XLA takes any length); several are a multiple of `multiple`.
-    """
-    part = -(-rows // parts)
-    tiles = -(-part // most)
-    return part if tiles == 1 and multiple == 8 else -(-part // (multiple * tiles)) * multiple
-
-
-def tile_columns(tile: int, blocks: int, most: int) -> int:
-    """Columns of a tile of `blocks` gathered blocks that are each a multiple of `tile`: whole tiles, at most `most`."""
-    together = max(n for n in range(1, blocks + 1) if blocks % n == 0 and (n == 1 or n * tile <= most))
-    return tile * together
 
 
 def over_tiles(
@@ -129,13 +112,3 @@ def block_gradients(
         return d_rows, d_columns
 
     return over_tiles(tile, queries, d_queries, keys, d_keys, visit)
-
-
-def pad_rows(tree: Tree, rows: int) -> Tree:
-    """Zeros (and False) appended to every leaf until it has `rows` rows."""
-
-    def pad(x: Array) -> Array:
-        missing = rows - x.shape[0]
-        return jnp.pad(x, ((0, missing), *((0, 0),) * (x.ndim - 1))) if missing else x
-
-    return jax.tree.map(pad, tree)

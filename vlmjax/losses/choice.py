@@ -7,17 +7,17 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
-from vlmjax.losses import tpu_kernel
+from vlmjax.losses import FORMS, tpu_kernel
 from vlmjax.losses.tiles import Terms
 from vlmjax.losses.travel import Route, make_route
 from vlmjax.sharding.mesh import AXES, BATCH_AXES, batch_shards
 
-FORMS = ("auto", "gather", "ring", "hierarchical")
-
 # A gathered block and the gradient it collects may take this much of a device's memory; beyond, blocks travel.
 GATHER_BYTES = 1 << 28
-# Rows of a tile, so that its fp32 scores stay in fast memory: of a TPU core (128 MiB), a GPU (50 MB), a CPU core (1 MB).
+# Rows of a tile, so that its fp32 scores stay in the fast memory of a TPU core (128 MiB), a GPU (50 MB), a CPU (1 MB).
 TILES = {"tpu": 2048, "gpu": 2048, "cpu": 512}
+# Platforms with a kernel of their own, and its name; elsewhere XLA computes the tiles.
+KERNELS = {"tpu": "pallas"}
 
 PLAIN = Terms()
 
@@ -79,7 +79,7 @@ def choose(
     block = copies * keys * width * (feature_bytes + 4) + rows * width * 4
     # Below some rows a device, padding them to whole tiles of the kernel costs more than it saves.
     long = rows // (2 if route.two_way else 1) >= tpu_kernel.ROWS
-    kernel = "pallas" if platform == "tpu" and long and tpu_kernel.serves(terms, width, dtype) else "xla"
+    kernel = KERNELS.get(platform, "xla") if long and tpu_kernel.serves(terms, width, dtype) else "xla"
     return Choice(form, route, tile, kernel, block + _tile_bytes(tile, rows, keys, width, feature_bytes))
 
 

@@ -10,8 +10,9 @@ from jaxtyping import Array, Bool, Float, UInt32
 
 from vlmjax.errors import RecipeError
 from vlmjax.losses.choice import choose
-from vlmjax.losses.log_sums import LogSums, Plan, log_sums
-from vlmjax.losses.tiles import Rows, Terms
+from vlmjax.losses.layout import Plan
+from vlmjax.losses.log_sums import LogSums, log_sums
+from vlmjax.losses.tiles import Rows, Terms, as_rows
 
 
 class Teacher(NamedTuple):
@@ -108,8 +109,8 @@ def info_nce(
     plan = Plan(choice.route, terms, choice.tile, kernel=choice.kernel)
     ids = jnp.arange(batch, dtype=jnp.uint32) if positive_ids is None else positive_ids
     valid = jnp.ones(batch, bool) if valid is None else valid
-    images = _rows(image_embeds, ids, valid, dtype, teacher and teacher.image_embeds)
-    texts = _rows(text_embeds, ids, valid, dtype, teacher and teacher.text_embeds)
+    images = as_rows(image_embeds, ids, valid, dtype, teacher and teacher.image_embeds)
+    texts = as_rows(text_embeds, ids, valid, dtype, teacher and teacher.text_embeds)
     scale = logit_scale.astype(jnp.float32)
     teacher_scale = jnp.float32(1.0)
     targets = _Targets(label_smoothing, hard_negatives, None)
@@ -131,14 +132,6 @@ def info_nce(
     return losses / (2.0 * count), metrics
 
 
-def _rows(embeds: Array, ids: Array, valid: Array, dtype: Any, teacher: Array | None) -> Rows:
-    """Rows that do not count become zero: what they held (NaN included) reaches neither value nor gradient."""
-    embeds = jnp.where(valid[:, None], embeds.astype(dtype), jnp.zeros((), dtype))
-    if teacher is not None:
-        teacher = jnp.where(valid[:, None], jax.lax.stop_gradient(teacher).astype(jnp.float32), 0.0)
-    return Rows(embeds, ids, valid, teacher)
-
-
 def _against_memory(
     plan: Plan, images: Rows, texts: Rows, memory: Memory, scale: Array, teacher_scale: Array
 ) -> list[tuple[Rows, list[Rows], LogSums]]:
@@ -154,8 +147,8 @@ def _against_memory(
     for queries, keys, queue in sides:
         other = texts if queries is images else images
         keys, queue = jax.lax.stop_gradient((keys, queue))
-        own = _rows(keys, other.ids, other.valid, dtype, other.teacher)
-        earlier = _rows(queue, queue_ids, memory.queue_valid, dtype, None)
+        own = as_rows(keys, other.ids, other.valid, dtype, other.teacher)
+        earlier = as_rows(queue, queue_ids, memory.queue_valid, dtype, None)
         if (
             plan.terms.taught
         ):  # the teacher is the momentum encoder itself: its queue holds what it said before

@@ -15,23 +15,11 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
 from vlmjax.losses import blocks, tpu_kernel
+from vlmjax.losses.layout import Plan, padded
 from vlmjax.losses.tiles import Rows, Slopes, Sums, Terms, merge, no_sums, reduce_stack
-from vlmjax.losses.travel import Route, visit_all
+from vlmjax.losses.travel import on_every_device, visit_all
 
 Tree = Any
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """How the pairs are computed; static."""
-
-    route: Route = Route()
-    terms: Terms = Terms()
-    tile: int = 1024  # rows and columns of a tile, at most
-    both: bool = True  # sums of keys over queries too; False: keys are a bank, without sums or gradient
-    kernel: str = (
-        "xla"  # what computes a block: xla | pallas (TPU) | interpreted (the same kernel, anywhere, slowly)
-    )
 
 
 @jax.tree_util.register_dataclass
@@ -40,9 +28,9 @@ class LogSums:
     """For each query (or key), over the keys (or queries) of the global batch; each fp32 [batch].
 
     `negative` holds log sum exp(k * (score - best_negative)) over negatives for each k of `Terms.sharpness`;
-    `positive` the same over positives, with k = 1; `positive_mean` is their mean score; `taught` the mean score under the
-    teacher's softmax, whose own log of sums is `teacher`. Gradients flow through the first four. The best scores and
-    the rest are constants: apart from their maximum, sums of scores near 100 keep their digits.
+    `positive` the same over positives, with k = 1; `positive_mean` is their mean score; `taught` the mean score under
+    the teacher's softmax, whose own log of sums is `teacher`. Gradients flow through the first four. The best scores
+    and the rest are constants: apart from their maximum, sums of scores near 100 keep their digits.
     """
 
     negative: tuple[Array, ...]
@@ -80,7 +68,7 @@ def _forward(plan: Plan, queries: Array, keys: Array, scale: Array, fixed: Tree)
     rows = plan.route.rows
 
     def on_device(queries: Rows, keys: Rows, scale: Array, teacher_scale: Array) -> tuple:
-        (queries, keys), tile, count = _padded(plan, queries, keys)
+        (queries, keys), tile, count = padded(plan, queries, keys)
 
         def visit(mine: Sums, block: Rows, theirs: Sums | None) -> tuple:
             if plan.kernel != "xla":
@@ -102,7 +90,7 @@ def _forward(plan: Plan, queries: Array, keys: Array, scale: Array, fixed: Tree)
         return cut(mine, count[0]), cut(theirs, count[1])
 
     sides = (fixed[0]._replace(embeds=queries), fixed[1]._replace(embeds=keys))
-    spread = _spread(plan, on_device, (rows, rows, PartitionSpec(), PartitionSpec()), rows)
+    spread = on_every_device(plan.route, on_device, (rows, rows, PartitionSpec(), PartitionSpec()), rows)
     sums = spread(*sides, scale, fixed[2])
     result = tuple(None if s is None else _logs(s, plan.terms) for s in sums)
     return result, (queries, keys, scale, fixed, sums)
@@ -136,7 +124,7 @@ def _backward(plan: Plan, kept: tuple, cotangents: tuple) -> tuple:
     )
 
     def on_device(queries: tuple, keys: tuple, scale: Array, teacher_scale: Array) -> tuple:
-        (queries, keys), tile, count = _padded(plan, queries, keys)
+        (queries, keys), tile, count = padded(plan, queries, keys)
         width = queries[0].embeds.shape[1]
 
         def visit(mine: Array, block: tuple, theirs: Array | None) -> tuple:
@@ -163,7 +151,7 @@ def _backward(plan: Plan, kept: tuple, cotangents: tuple) -> tuple:
         (fixed[0]._replace(embeds=queries), slopes[0]),
         (fixed[1]._replace(embeds=keys), slopes[1]),
     )
-    spread = _spread(plan, on_device, (rows, rows, PartitionSpec(), PartitionSpec()), rows)
+    spread = on_every_device(plan.route, on_device, (rows, rows, PartitionSpec(), PartitionSpec()), rows)
     d_queries, d_keys = spread(*sides, scale, fixed[2])
     # Sum over pairs of slope times cosine, without another pass over the pairs.
     d_scale = jnp.sum(d_queries * queries.astype(jnp.float32))
@@ -192,25 +180,6 @@ def _slopes(sums: Sums, d: LogSums, terms: Terms) -> Slopes:
     return slopes
 
 
-def _padded(plan: Plan, queries: Tree, keys: Tree) -> tuple:
-    """Both sides with rows that no pair counts, until tiles fit; a tile's rows and columns; the rows that were there."""
-    counts = tuple(len(jax.tree.leaves(side)[0]) for side in (queries, keys))
-    parts = 2 if plan.route.two_way else 1
-    multiple = 8 if plan.kernel == "xla" else tpu_kernel.ROWS
-    tiles = [
-        blocks.tile_rows(count, plan.tile, n, multiple) for count, n in zip(counts, (1, parts), strict=True)
-    ]
-    padded = (
-        blocks.pad_rows(side, -(-count // unit) * unit)
-        for side, count, unit in zip((queries, keys), counts, (tiles[0], tiles[1] * parts), strict=True)
-    )
-    columns = tiles[1]
-    if plan.route.gather:
-        length = -(-counts[1] // columns)
-        columns = blocks.tile_columns(columns, length * plan.route.gathered, plan.tile)
-    return tuple(padded), (tiles[0], columns), counts
-
-
 def _collect_sums(plan: Plan, sums: Sums | None) -> Sums | None:
     """Of sums of the keys of a group of devices over the queries of each, those of this device's keys over all."""
     if sums is None:
@@ -219,12 +188,3 @@ def _collect_sums(plan: Plan, sums: Sums | None) -> Sums | None:
     parts = jax.tree.map(lambda x: x.reshape(group, -1), sums)
     parts = jax.tree.map(lambda x: lax.all_to_all(x, plan.route.gather, 0, 0), parts)
     return reduce_stack(parts, plan.terms)
-
-
-def _spread(plan: Plan, function: Any, in_specs: tuple, out_specs: Any) -> Any:
-    """The function on every device of the route's mesh, each with its own rows."""
-    if plan.route.mesh is None or not plan.route.axes:
-        return function
-    return jax.shard_map(
-        function, mesh=plan.route.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False
-    )

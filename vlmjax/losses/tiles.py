@@ -6,7 +6,7 @@ ring) shares these definitions.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,14 @@ class Rows(NamedTuple):
     ids: Array  # uint32 [rows]; a row and a column with equal ids are positives of each other
     valid: Array  # bool [rows]
     teacher: Array | None = None  # [rows, teacher_width], for soft targets
+
+
+def as_rows(embeds: Array, ids: Array, valid: Array, dtype: Any, teacher: Array | None = None) -> Rows:
+    """Rows that do not count become zero: what they held (NaN included) reaches neither value nor gradient."""
+    embeds = jnp.where(valid[:, None], embeds.astype(dtype), jnp.zeros((), dtype))
+    if teacher is not None:
+        teacher = jnp.where(valid[:, None], jax.lax.stop_gradient(teacher).astype(jnp.float32), 0.0)
+    return Rows(embeds, ids, valid, teacher)
 
 
 class Terms(NamedTuple):
@@ -93,7 +101,7 @@ def tile_sums(
 ) -> tuple[Sums, Sums | None]:
     """The sums of the rows over the columns and, with `both`, of the columns over the rows."""
     scores = scale * product(rows.embeds, columns.embeds, 1, 1)
-    positive, known = _masks(rows, columns)
+    positive, known = known_pairs(rows, columns)
     teacher = None
     if terms.taught:
         teacher = teacher_scale * product(rows.teacher, columns.teacher, 1, 1)
@@ -102,7 +110,7 @@ def tile_sums(
     return _sums_along(1, *masked), _sums_along(0, *masked) if both else None
 
 
-def _masks(rows: Rows, columns: Rows) -> tuple[Array, Array]:
+def known_pairs(rows: Rows, columns: Rows) -> tuple[Array, Array]:
     """(pairs with equal ids, pairs of two valid rows), each bool [rows, columns]."""
     return rows.ids[:, None] == columns.ids[None, :], rows.valid[:, None] & columns.valid[None, :]
 
@@ -189,7 +197,7 @@ def tile_gradient(
     Without `column_slopes` the columns are a bank that only the rows look at.
     """
     scores = scale * product(rows.embeds, columns.embeds, 1, 1)
-    positive, known = _masks(rows, columns)
+    positive, known = known_pairs(rows, columns)
     sides = [(row_slopes, 1)] + ([] if column_slopes is None else [(column_slopes, 0)])
     teacher = teacher_scale * product(rows.teacher, columns.teacher, 1, 1) if terms.taught else None
     total = jnp.zeros_like(scores)

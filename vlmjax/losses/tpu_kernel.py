@@ -6,6 +6,7 @@ results. Scores are in units of log2 inside, since that is the exponential a TPU
 
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ RESIDENT_BYTES = 16 * 2**20
 _MEMORY = pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=100 * 2**20)
 
 
-def serves(terms: Terms, width: int, dtype: jnp.dtype) -> bool:
+def serves(terms: Terms, width: int, dtype: Any) -> bool:
     """Whether these kernels compute the sums that a loss asks for."""
-    return terms == Terms() and width % LANES == 0 and dtype == jnp.bfloat16
+    return terms == Terms() and width % LANES == 0 and jnp.dtype(dtype) == jnp.bfloat16
 
 
 def block_sums(
@@ -66,7 +67,7 @@ def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
     return lax.dot_general(a, b, dimensions, preferred_element_type=jnp.float32)
 
 
-def _forward(queries: Rows, keys: Rows, scale: Array, interpret: bool) -> list[Array]:
+def _forward(queries: Rows, keys: Rows, scale: Array, interpret: bool) -> tuple[Array, ...]:
     """Maxima and sums of rows, [rows, 128] with a share of the keys in each lane, and of columns, [8, columns]."""
     (m, width), k = queries.embeds.shape, len(keys.ids)
     tm, tn = _tile_of(m), _tile_of(k)
@@ -191,7 +192,7 @@ def _packed(slopes: Slopes) -> Array:
 
 def _backward(
     x, y, of_rows, of_columns, row_labels, column_labels, d_rows, d_columns, scale, interpret
-) -> list[Array]:
+) -> tuple[Array, Array]:
     (m, width), k = x.shape, len(y)
     tm, tn = _tile_of(m), _tile_of(k)
     resident = pl.BlockSpec(memory_space=pltpu.VMEM)

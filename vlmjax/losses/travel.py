@@ -151,3 +151,10 @@ def _gather(route: Route, tree: Tree) -> Tree:
     if not route.gather:
         return tree
     return jax.tree.map(lambda x: lax.all_gather(x, route.gather, tiled=True), tree)
+
+
+def on_every_device(route: Route, function: Callable, in_specs: tuple, out_specs: Any) -> Callable:
+    """The function on every device of the route's mesh, each with its own rows of what it is given."""
+    if not route.axes:
+        return function
+    return jax.shard_map(function, mesh=route.mesh, in_specs=in_specs, out_specs=out_specs, check_vma=False)

@@ -1,25 +1,30 @@
-"""Contrastive pretraining of two towers: CLIP, and LiT when the recipe freezes one of them."""
+"""Contrastive pretraining of two towers: CLIP, SigLIP's loss, MoCo; LiT when the recipe freezes one of them."""
 
 import math
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmjax.losses.contrastive import info_nce
+from vlmjax.errors import RecipeError
+from vlmjax.losses.choice import Choice, choose
+from vlmjax.losses.contrastive import Memory, Teacher, info_nce
+from vlmjax.losses.sigmoid import sigmoid
+from vlmjax.sharding.mesh import batch_shards
+from vlmjax.stages.stage import Batch, Extra, Params, Stage
 
-Params = Mapping[str, Any]
-Batch = Mapping[str, Array]
 
+class Contrastive(Stage):
+    """What a contrastive step computes: features of both towers, a loss over all pairs of the global batch.
 
-class Contrastive:
-    """What a contrastive step computes: features of both towers, InfoNCE over the global batch (CLIP, section 2.3).
-
-    A stage is pure: parameters and batch in, numbers out. The two halves `encode` and `head` are apart because
-    gradient caching runs the first in micro-batches and the second once (see training/step.py).
+    With a softmax (CLIP, section 2.3) or a sigmoid for each pair (SigLIP, 2303.15343). With `loss.momentum` a slowly
+    moving average of the towers gives the keys, and `loss.queue` keeps those of earlier batches (MoCo, 1911.05722);
+    `loss.soft_targets` is the share of the target that the average's own similarities make (ALBEF, 2107.07651).
     """
 
     def __init__(self, recipe: Any, model: nn.Module, mesh: Mesh):
@@ -29,45 +34,150 @@ class Contrastive:
         # A fixed temperature is a frozen parameter: neither gradient nor weight decay moves it.
         self.frozen = ("logit_scale",) if recipe.loss.logit_scale == "fixed" else ()
         self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
+        self.batch_size, self.seed = recipe.batch_size, recipe.seed
+        self.choice, self.feature_dtype = self._choose()
+        queue = recipe.loss.queue
+        if queue and (queue % recipe.batch_size or batch_shards(mesh) > recipe.batch_size):
+            near = max(1, round(queue / recipe.batch_size)) * recipe.batch_size
+            raise RecipeError(
+                f"config.loss.queue={queue} does not hold whole batches of batch_size={recipe.batch_size}: "
+                f"give a multiple of it, such as {near}"
+            )
+
+    def _choose(self) -> tuple[Choice, str]:
+        """How the loss is computed and from what: bfloat16 features where their number makes it worth its rounding."""
+        form, dtype = self.loss_config["form"], self.loss_config["feature_dtype"]
+        width = self.model.config.projection_dim
+        half = self.model.config.image.dtype == "bfloat16"
+        guess = "bfloat16" if half and dtype == "auto" else "float32" if dtype == "auto" else dtype
+        choice = choose(form, self.batch_size, width, self.mesh, dtype=guess)
+        if dtype == "auto" and guess != "float32" and not choice.route.cycle:
+            guess = "float32"
+            choice = choose(choice.form, self.batch_size, width, self.mesh, dtype=guess)
+        return choice, guess
+
+    def describe(self) -> str:
+        """One line for the start of a run: the loss, and what computing it takes."""
+        return f"{self.loss_config['kind']} from {self.feature_dtype} features, {self.choice.describe()}"
+
+    def with_own_params(self, params: Params) -> Params:
+        """The model's parameters and, for the sigmoid, the bias of its logits: an imported one, or as it starts."""
+        if self.loss_config["kind"] != "sigmoid":
+            return {name: value for name, value in params.items() if name != "logit_bias"}
+        return {"logit_bias": jnp.float32(self.loss_config["logit_bias_init"]), **params}
 
     def encode(
         self, params: Params, batch: Batch, rng: PRNGKeyArray
     ) -> dict[str, Float[Array, "batch width"]]:
         """L2-normalised fp32 features of a batch whose `pixel_values` are uint8 [batch, height, width, 3]."""
-        rngs = {"dropout": rng}
+        return self._features(params, batch, train=True, rngs={"dropout": rng})
+
+    def _features(self, params: Params, batch: Batch, **options: Any) -> dict[str, Array]:
         image = self.model.apply(
-            {"params": params},
-            self.normalize(batch["pixel_values"]),
-            train=True,
-            rngs=rngs,
-            method="encode_image",
+            {"params": params}, self.normalize(batch["pixel_values"]), method="encode_image", **options
         )
         text = self.model.apply(
             {"params": params},
             batch["input_ids"],
             attention_mask=batch["attention_mask"],
-            train=True,
-            rngs=rngs,
             method="encode_text",
+            **options,
         )
         return {"image_embeds": image, "text_embeds": text}
 
+    def keys(self, momentum: Params, batch: Batch) -> dict[str, Float[Array, "batch width"]]:
+        """The same by the momentum encoder, which sees whole images and drops nothing."""
+        features = jax.lax.stop_gradient(self._features(momentum, batch))
+        return {"image_keys": features["image_embeds"], "text_keys": features["text_embeds"]}
+
     def head(
-        self, params: Params, features: Mapping[str, Array], batch: Batch
+        self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """InfoNCE of the features of a whole global batch, and what to log beside it."""
+        """The loss of the features of a whole global batch, and what to log beside it."""
         scale = jnp.exp(params["logit_scale"])
-        ids = batch["caption_id"] if self.loss_config["positives"] == "captions" else None
+        options = {
+            "mesh": self.mesh,
+            "valid": batch["valid"],
+            "positive_ids": batch["caption_id"] if self.loss_config["positives"] == "captions" else None,
+            "form": self.loss_config["form"],
+            "feature_dtype": self.feature_dtype,
+        }
+        pair = (features["image_embeds"], features["text_embeds"])
+        if self.loss_config["kind"] == "sigmoid":
+            loss, metrics = sigmoid(*pair, scale, params["logit_bias"], **options)
+            return loss, {**metrics, "logit_scale": scale, "logit_bias": params["logit_bias"]}
         loss, metrics = info_nce(
-            features["image_embeds"],
-            features["text_embeds"],
+            *pair,
             scale,
-            mesh=self.mesh,
-            valid=batch["valid"],
-            positive_ids=ids,
             label_smoothing=self.loss_config["label_smoothing"],
+            hard_negatives=self.loss_config["hard_negatives"],
+            memory=self._memory(features, extra),
+            teacher=self._teacher(features, scale),
+            **options,
         )
         return loss, {**metrics, "logit_scale": scale}
+
+    def _teacher(self, features: Mapping[str, Array], scale: Array) -> Teacher | None:
+        weight = self.loss_config["soft_targets"]
+        if not weight:
+            return None
+        temperature = jax.lax.stop_gradient(1.0 / scale)
+        return Teacher(features["image_keys"], features["text_keys"], temperature, weight)
+
+    def _memory(self, features: Mapping[str, Array], extra: Extra) -> Memory | None:
+        if not self.loss_config["momentum"]:
+            return None
+        rows = extra["rows"]
+        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
+        return Memory(
+            features["image_keys"],
+            features["text_keys"],
+            flat["image_queue"],
+            flat["text_queue"],
+            flat["queue_valid"],
+            flat["queue_ids"],
+        )
+
+    def init_extra(self, trainable: Params) -> Extra:
+        """A copy of the parameters as momentum encoder, and a queue in which nothing counts yet.
+
+        Queues are [batch, batches, width]: an example's features stay on the device that held its row.
+        """
+        if not self.loss_config["momentum"]:
+            return {}
+        shape = (self.batch_size, self.loss_config["queue"] // self.batch_size)
+        empty = jnp.zeros((*shape, self.model.config.projection_dim), jnp.float32)
+        rows = {
+            "image_queue": empty,
+            "text_queue": empty,
+            "queue_valid": jnp.zeros(shape, bool),
+            "queue_ids": jnp.zeros(shape, jnp.uint32),
+        }
+        return {
+            "momentum": jax.tree.map(jnp.copy, trainable),
+            "rows": rows,
+            "slot": jnp.zeros((), jnp.int32),
+        }
+
+    def carry_on(self, extra: Extra, trainable: Params, features: Mapping[str, Array], batch: Batch) -> Extra:
+        """The momentum encoder a little nearer to the parameters, the batch's keys in place of the oldest ones."""
+        if not extra:
+            return extra
+        share = jnp.float32(1.0 - self.loss_config["momentum"])
+        momentum = jax.tree.map(lambda old, new: old + share * (new - old), extra["momentum"], trainable)
+        new = {
+            "image_queue": features["image_keys"],
+            "text_queue": features["text_keys"],
+            "queue_valid": batch["valid"],
+            "queue_ids": batch["caption_id"],
+        }
+        slots = extra["rows"]["queue_valid"].shape[1]
+        if not slots:
+            return {**extra, "momentum": momentum}
+        put = jax.lax.dynamic_update_index_in_dim
+        rows = {name: put(old, new[name], extra["slot"], 1) for name, old in extra["rows"].items()}
+        slot = (extra["slot"] + 1) % np.int32(slots)
+        return {"momentum": momentum, "rows": rows, "slot": slot}
 
     def project(self, params: Params) -> Params:
         """Parameters put back where they are allowed to be after an update: the temperature under its cap.

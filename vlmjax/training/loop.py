@@ -61,8 +61,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     def optimizer_of(trainable, frozen):
         return make_optimizer(recipe.optimizer, schedule, trainable, frozen)
 
-    frozen = (*recipe.frozen, *stage.frozen)
-    state, data_state, optimizer = start_state(recipe, model, optimizer_of, frozen, mesh, checkpoints)
+    state, data_state, optimizer = start_state(recipe, model, optimizer_of, stage, mesh, checkpoints)
     data = TrainData(
         sources,
         build.train_transform(recipe, model.config.image.image_shape),
@@ -97,7 +96,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     if first:
         finish.describe(folder, recipe, model, mesh)
         folder.sync()
-        announce(recipe, state, mesh, lengths, start, data.mixture.describe())
+        announce(recipe, state, stage, mesh, lengths, start, data.mixture.describe())
     log = MetricsLog(folder, start)
     towers = {"image": "vision_model", "text": "text_model"}
     locked = [tower for tower, tree in towers.items() if tree not in state.params]

@@ -1,6 +1,6 @@
 """How a run begins: the first or the continued state, and what is told about it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ def start_state(
     recipe: Any,
     model: Any,
     optimizer_of: Callable[[Tree, Tree], optax.GradientTransformation],
-    frozen: Sequence[str],
+    stage: Any,
     mesh: Mesh,
     checkpoints: Checkpoints,
 ) -> tuple[TrainState, dict[str, Any], optax.GradientTransformation]:
@@ -33,16 +33,21 @@ def start_state(
 
     Args:
       optimizer_of: makes the optimizer from the shapes of the trainable and of the frozen parameters.
-      frozen: regexes on paths of parameters that are not trained.
+      stage: whose frozen parameters, added parameters and extra state it has.
 
     Returns:
       (state, data position of the checkpoint or {}, optimizer).
     """
-    shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
+    frozen = (*recipe.frozen, *stage.frozen)
+
+    def init() -> Tree:
+        return stage.with_own_params(init_params(model, recipe.seed))
+
+    shapes = jax.eval_shape(init)
     optimizer = optimizer_of(*split(shapes, frozen))
 
     def make(params: Tree) -> TrainState:
-        return make_state(params, frozen, optimizer, bool(recipe.ema.decay))
+        return make_state(params, frozen, optimizer, bool(recipe.ema.decay), stage.init_extra)
 
     abstract = jax.eval_shape(make, shapes)
     places = state_shardings(abstract, recipe.sharding, mesh)
@@ -54,9 +59,13 @@ def start_state(
         state, data = checkpoints.restore(step, target)
         return state, data, optimizer
     if not recipe.init_from:
-        return jax.jit(lambda: make(init_params(model, recipe.seed)), out_shardings=places)(), {}, optimizer
-    imported = import_params(recipe, model, shardings(recipe.sharding, shapes, mesh))
-    return jax.jit(make, out_shardings=places)(imported), {}, optimizer
+        return jax.jit(lambda: make(init()), out_shardings=places)(), {}, optimizer
+    places_of_model = shardings(
+        recipe.sharding, jax.eval_shape(lambda: init_params(model, recipe.seed)), mesh
+    )
+    imported = import_params(recipe, model, places_of_model)
+    whole = jax.jit(lambda params: make(stage.with_own_params(params)), out_shardings=places)
+    return whole(imported), {}, optimizer
 
 
 def init_params(model: Any, seed: int) -> Tree:
@@ -70,7 +79,7 @@ def init_params(model: Any, seed: int) -> Tree:
 
 
 def announce(
-    recipe: Any, state: TrainState, mesh: Mesh, lengths: Durations, start: int, sources: str
+    recipe: Any, state: TrainState, stage: Any, mesh: Mesh, lengths: Durations, start: int, sources: str
 ) -> None:
     """Print what is about to run: devices, data, parameters and where each of them lives."""
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -81,6 +90,7 @@ def announce(
     print(f"data        {sources}; batch {recipe.batch_size}")
     backend = ", ".join(f"{what} by {name}" for what, name in images.backend().items() if what != "pillow")
     print(f"pictures    {backend}")
+    print(f"loss        {stage.describe()}")
     trainable, frozen = count(state.params), count(state.frozen)
     print(f"parameters  {trainable + frozen:,} ({trainable:,} trained, {frozen:,} frozen)")
     over = start >= lengths.total

@@ -1,7 +1,7 @@
 """What a training run carries from step to step, and where each array of it lives on the mesh."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import flax.struct
@@ -12,7 +12,7 @@ from flax import traverse_util
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
-from vlmjax.sharding.mesh import replicated
+from vlmjax.sharding.mesh import batch_sharding, replicated
 from vlmjax.sharding.rules import path_of, shardings
 
 Tree = Any
@@ -22,7 +22,8 @@ class TrainState(flax.struct.PyTreeNode):
     """Everything an update reads and writes. Randomness is not here: it is a function of (seed, step).
 
     `params` holds the trainable parameters alone and `frozen` the others; frozen ones get no gradient and no
-    optimizer state. `ema` is the moving average of `params`, or an empty dict.
+    optimizer state. `ema` is the moving average of `params`, or an empty dict. `extra` is what a stage carries beside
+    them, such as a momentum encoder and a queue; what lies under its key `rows` has a row for each example.
     """
 
     step: Any  # int32 [], updates done; like the others also its shape or sharding
@@ -30,6 +31,7 @@ class TrainState(flax.struct.PyTreeNode):
     frozen: Tree
     opt_state: Tree
     ema: Tree
+    extra: Tree
 
 
 def split(params: Tree, frozen: Sequence[str]) -> tuple[Tree, Tree]:
@@ -58,7 +60,11 @@ def merge(params: Tree, frozen: Tree) -> Tree:
 
 
 def make_state(
-    params: Tree, frozen: Sequence[str], optimizer: optax.GradientTransformation, ema: bool
+    params: Tree,
+    frozen: Sequence[str],
+    optimizer: optax.GradientTransformation,
+    ema: bool,
+    extra: Callable[[Tree], Tree] = lambda trainable: {},
 ) -> TrainState:
     """A state at step 0. Traceable, so that it can be built directly in its final place."""
     trainable, fixed = split(params, frozen)
@@ -68,14 +74,15 @@ def make_state(
         frozen=fixed,
         opt_state=optimizer.init(trainable),
         ema=jax.tree.map(jnp.copy, trainable) if ema else {},
+        extra=extra(trainable),
     )
 
 
 def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainState:
     """The sharding of every array of a state: parameters by rule, optimizer moments like their parameter.
 
-    An array of the optimizer belongs to the parameter whose path ends its own and whose shape it has; counters and
-    factored moments are replicated.
+    An array of the optimizer, or of a momentum encoder, belongs to the parameter whose path ends its own and whose
+    shape it has; counters and factored moments are replicated. Rows of `extra` lie where those of a batch lie.
     """
     whole = shardings(rules, merge(abstract.params, abstract.frozen), mesh)
     by_path = traverse_util.flatten_dict(whole, sep="/")
@@ -83,6 +90,8 @@ def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainS
 
     def place(keypath: Any, leaf: Any) -> jax.sharding.NamedSharding:
         parts = path_of(keypath).split("/")
+        if parts[:2] == ["extra", "rows"]:
+            return batch_sharding(mesh)
         for start in range(len(parts)):
             path = "/".join(parts[start:])
             if path in by_path and shapes[path].shape == leaf.shape:

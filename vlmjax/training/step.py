@@ -14,35 +14,44 @@ from vlmjax.training.state import TrainState, merge
 Tree = Any
 
 
-def value_and_grad(stage: Any, params: Tree, frozen: Tree, batch: Mapping, rng: Any) -> tuple:
-    """((loss, metrics), gradient of the trainable parameters) of a global batch in one forward pass."""
+def value_and_grad(stage: Any, state: TrainState, batch: Mapping, rng: Any) -> tuple:
+    """((loss, (metrics, features)), gradient of the trainable parameters) of a global batch in one forward pass."""
+    keys = _keys(stage, state, batch)
 
     def loss(trainable):
-        whole = merge(trainable, frozen)
-        return stage.head(whole, stage.encode(whole, batch, rng), batch)
+        whole = merge(trainable, state.frozen)
+        features = {**stage.encode(whole, batch, rng), **keys}
+        value, metrics = stage.head(whole, features, batch, state.extra)
+        return value, (metrics, features)
 
-    return jax.value_and_grad(loss, has_aux=True)(params)
+    return jax.value_and_grad(loss, has_aux=True)(state.params)
 
 
 def cached_value_and_grad(
-    stage: Any, params: Tree, frozen: Tree, batch: Mapping, rng: Any, micro_batches: int, mesh: Mesh
+    stage: Any, state: TrainState, batch: Mapping, rng: Any, micro_batches: int, mesh: Mesh
 ) -> tuple:
     """As `value_and_grad`, in `micro_batches` passes whose negatives are still those of the whole batch.
 
     Gradient caching (arXiv 2101.06983): features of all micro-batches first, without keeping activations; the loss and
     its gradient with respect to the features once; then each micro-batch forward again, pulling its part back.
     """
+    params, frozen = state.params, state.frozen
     parts = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), batch)
-    keys = jax.random.split(rng, micro_batches)
+    rngs = jax.random.split(rng, micro_batches)
 
-    def encode(trainable, part, key):
-        return stage.encode(merge(trainable, frozen), part, key)
+    def encode(trainable, part, rng):
+        return stage.encode(merge(trainable, frozen), part, rng)
 
-    stacked = jax.lax.map(lambda args: encode(params, *args), (parts, keys))
-    features = jax.tree.map(lambda x: _from_micro(x, mesh), stacked)
+    def both(args):
+        part, rng = args
+        return encode(params, part, rng), _keys(stage, state, part)
 
-    def head(trainable, feats):
-        return stage.head(merge(trainable, frozen), feats, batch)
+    stacked = jax.lax.map(both, (parts, rngs))
+    features, keys = jax.tree.map(lambda x: _from_micro(x, mesh), stacked)
+
+    def head(trainable, features):
+        whole = merge(trainable, frozen)
+        return stage.head(whole, {**features, **keys}, batch, state.extra)
 
     (loss, metrics), (grads, feature_grads) = jax.value_and_grad(head, argnums=(0, 1), has_aux=True)(
         params, features
@@ -50,12 +59,19 @@ def cached_value_and_grad(
     feature_grads = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), feature_grads)
 
     def pull(total, args):
-        part, key, cotangent = args
-        _, vjp = jax.vjp(lambda p: encode(p, part, key), params)
+        part, rng, cotangent = args
+        _, vjp = jax.vjp(lambda p: encode(p, part, rng), params)
         return jax.tree.map(jnp.add, total, vjp(cotangent)[0]), None
 
-    grads, _ = jax.lax.scan(pull, grads, (parts, keys, feature_grads))
-    return (loss, metrics), grads
+    grads, _ = jax.lax.scan(pull, grads, (parts, rngs, feature_grads))
+    return (loss, (metrics, {**features, **keys})), grads
+
+
+def _keys(stage: Any, state: TrainState, batch: Mapping) -> dict:
+    """Features of a batch by the stage's momentum encoder, if it has one."""
+    if "momentum" not in state.extra:
+        return {}
+    return stage.keys(merge(state.extra["momentum"], state.frozen), batch)
 
 
 def _to_micro(x: jax.Array, n: int, mesh: Mesh) -> jax.Array:
@@ -93,10 +109,10 @@ def make_train_step(
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if micro_batches == 1:
-            (loss, metrics), grads = value_and_grad(stage, state.params, state.frozen, batch, rng)
+            (loss, (metrics, features)), grads = value_and_grad(stage, state, batch, rng)
         else:
-            (loss, metrics), grads = cached_value_and_grad(
-                stage, state.params, state.frozen, batch, rng, micro_batches, mesh
+            (loss, (metrics, features)), grads = cached_value_and_grad(
+                stage, state, batch, rng, micro_batches, mesh
             )
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
@@ -104,7 +120,12 @@ def make_train_step(
         params = stage.project(optax.apply_updates(state.params, updates))
         ema = _average(state.ema, params, ema_decay, state.step) if ema_decay else {}
         new = TrainState(
-            step=state.step + 1, params=params, frozen=state.frozen, opt_state=opt_state, ema=ema
+            step=state.step + 1,
+            params=params,
+            frozen=state.frozen,
+            opt_state=opt_state,
+            ema=ema,
+            extra=stage.carry_on(state.extra, params, features, batch),
         )
         new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
         groups = {name: jnp.isfinite(optax.tree.norm(group)) for name, group in grads.items()}

@@ -1,0 +1,57 @@
+"""What a training stage is: the functions that one step is made of, and what it carries from step to step."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from flax import linen as nn
+from jaxtyping import Array, Float, PRNGKeyArray
+
+Params = Mapping[str, Any]
+Batch = Mapping[str, Array]
+Extra = Mapping[str, Any]
+
+
+class Stage:
+    """A stage is pure: parameters and batch in, numbers out; training/step.py puts the parts together.
+
+    `encode` and `head` are apart because gradient caching runs the first in micro-batches and the second once. A stage
+    that needs more than parameters keeps it in `extra`, which is placed, saved and restored like them: `momentum` is an
+    average of the trainable parameters whose features `keys` computes; what lies under `rows` has a row an example.
+    """
+
+    model: nn.Module
+    frozen: tuple[str, ...] = ()  # regexes on paths of parameters that this stage does not train
+
+    def with_own_params(self, params: Params) -> Params:
+        """The model's parameters and those that the loss adds."""
+        return params
+
+    def describe(self) -> str:
+        """One line for the start of a run: the loss, and what computing it takes."""
+        return type(self).__name__.lower()
+
+    def encode(self, params: Params, batch: Batch, rng: PRNGKeyArray) -> dict[str, Array]:
+        """Features of a batch or micro-batch, each [rows, ...], through which gradients flow."""
+        raise NotImplementedError
+
+    def keys(self, momentum: Params, batch: Batch) -> dict[str, Array]:
+        """Features of a batch by the momentum encoder, without gradient; none by default."""
+        return {}
+
+    def head(
+        self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The loss of a whole global batch from its features, and what to log beside it."""
+        raise NotImplementedError
+
+    def project(self, params: Params) -> Params:
+        """Parameters put back where they are allowed to be after an update."""
+        return params
+
+    def init_extra(self, trainable: Params) -> Extra:
+        """What the stage carries before the first step."""
+        return {}
+
+    def carry_on(self, extra: Extra, trainable: Params, features: Mapping[str, Array], batch: Batch) -> Extra:
+        """What it carries after a step, given the updated parameters and the features of the step's batch."""
+        return extra
