@@ -12,7 +12,7 @@ batch 64, crop and resize to 224 and make CLIP's tokens, with 2 workers or threa
 - ours_nothing: ours without decoding and resizing, to see what the frame alone takes.
 
 CPU time and memory are of the whole family of processes (memory shared between them counts once), after the first
-batches. A pipeline whose packages are missing (`pip install 'vlmjax[peers]'`) is left out and named.
+batches. A pipeline whose packages are missing (`pip install 'vlmjax[peers,kornia]'`) is left out and named.
 """
 
 import argparse
