@@ -8,10 +8,11 @@ batch 64, crop and resize to 224 and make CLIP's tokens, with 2 workers or threa
 - tf_data_bicubic, tf_data_bilinear: tf.data over TFRecords of the same files, decode_and_crop, as big_vision does;
   tokens by our tokenizer, since TensorFlow has none.
 - ours, and ours_processes: vlmjax.data.pipeline in threads and in two processes.
-- ours_nothing: ours without pictures, to see what the frame alone takes.
+- ours_kornia, ours_pillow: ours where there is no C compiler, with and without kornia_rs.
+- ours_nothing: ours without decoding and resizing, to see what the frame alone takes.
 
 CPU time and memory are of the whole family of processes (memory shared between them counts once), after the first
-batches. A pipeline whose packages are missing (`pip install 'vlmjax[peers]'`) is left out and named.
+batches. A pipeline whose packages are missing (`pip install 'vlmjax[peers,kornia]'`) is left out and named.
 """
 
 import argparse
@@ -37,6 +38,8 @@ NEEDS = {
     "tf_data_bilinear": ("tensorflow",),
     "ours": (),
     "ours_processes": (),
+    "ours_kornia": ("kornia_rs",),
+    "ours_pillow": (),
     "ours_nothing": (),
 }
 
@@ -182,26 +185,37 @@ def ours_processes(folder: Path, count: int, tokenizer: str):
     return _ours(folder, tokenizer, processes=2)
 
 
+def ours_kornia(folder: Path, count: int, tokenizer: str):
+    """In two threads, resized by kornia_rs."""
+    os.environ["VLMJAX_RESIZE"] = "kornia"
+    return _ours(folder, tokenizer)
+
+
+def ours_pillow(folder: Path, count: int, tokenizer: str):
+    """In two threads, resized by Pillow."""
+    os.environ["VLMJAX_RESIZE"] = "pillow"
+    return _ours(folder, tokenizer)
+
+
 class _Nothing:
-    """A transform that makes no picture."""
+    """A transform that chooses its crop, and makes no picture of it."""
 
     output_size = (SIZE, SIZE)
+    takes_jpegs = True  # whose headers are read, not their pixels
 
     def __init__(self):
         self.pixels = np.zeros((*self.output_size, 3), np.uint8)
 
-    def __call__(self, pixels, rng):
+    def __call__(self, image, rng):
+        from vlmjax.data import augment
+
+        augment.random_box(image.shape[:2], rng, (0.9, 1.0))
         return self.pixels
 
 
 def ours_nothing(folder: Path, count: int, tokenizer: str):
-    """Everything but decoding and resizing: order, reads, captions, tokens, generators, batches."""
-    data = _ours(folder, tokenizer, transform=_Nothing())
-    data._examples._pixels._decode = lambda image: _BLANK
-    return data
-
-
-_BLANK = np.zeros((8, 8, 3), np.uint8)
+    """Everything but decoding and resizing: order, reads, headers, captions, tokens, crops, batches."""
+    return _ours(folder, tokenizer, transform=_Nothing())
 
 
 def work(name: str, folder: Path, count: int, tokenizer: str, batches: int) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Training transforms: pure, in range, and doing what their names say."""
 
+import math
 import time
 
 import numpy as np
@@ -69,6 +70,31 @@ def test_crops_have_the_stated_areas_and_ratios():
     assert 0.27 < min(areas) < 0.34 and 0.75 < max(areas) < 0.84
     assert 0.45 < min(ratios) < 0.6 and 1.7 < max(ratios) < 2.2
     assert abs(np.mean(np.log(ratios))) < 0.06
+
+
+def test_boxes_are_those_of_the_plain_rule():
+    """Boxes and what is drawn after them stay what `Generator.uniform` gives: a run goes on with the crops it had."""
+
+    def plain(shape, rng, scale, ratio):
+        height, width = shape
+        for _ in range(10):
+            area = height * width * rng.uniform(*scale)
+            aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+            w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            if 0 < w <= width and 0 < h <= height:
+                y, x = int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1))
+                return x, y, x + w, y + h
+        return None
+
+    none = 0
+    for seed in range(600):
+        left, right = _rng(seed), _rng(seed)
+        shape = ((375, 500), (500, 333), (64, 64), (90, 700))[seed % 4]
+        scale, ratio = (((0.9, 1.0), (3 / 4, 4 / 3)), ((0.08, 1.0), (0.5, 2.0)))[seed // 4 % 2]
+        box, expected = augment.random_box(shape, left, scale, ratio), plain(shape, right, scale, ratio)
+        none += expected is None
+        assert expected in (None, box) and left.random() == right.random()
+    assert 0 < none < 300
 
 
 def test_affine_turns_the_right_way_and_fills_with_the_border():

@@ -1,6 +1,7 @@
 """Resizing: every backend against Pillow, and the C kernel built, shared and refused."""
 
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -17,9 +18,7 @@ from vlmjax.data.pictures import native, resize
 from vlmjax.errors import DataError
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-needs_compiler = pytest.mark.skipif(
-    shutil.which(os.environ.get("CC") or "cc") is None, reason="no C compiler"
-)
+needs_compiler = pytest.mark.skipif(not native._compiler(), reason="no C compiler")
 
 
 @pytest.fixture(autouse=True)
@@ -208,6 +207,30 @@ def test_a_compiler_that_fails_says_why(monkeypatch, tmp_path):
     library, reason = native.load("resize")
     assert library is None and reason == f"{compiler} failed: error: out of order"
     assert not list((tmp_path / "cache" / "native").iterdir()), "nothing half made is left"
+
+
+@needs_compiler
+def test_a_compiler_may_be_a_whole_command(monkeypatch, tmp_path):
+    """As `make` has it; so a compiler that is a Python package serves: 'python -m ziglang cc -mcpu=baseline'."""
+    compiler, vectors = shlex.join(native._compiler()), native.load("resize")[0].vlmjax_vectors()
+    spaced = tmp_path / "my tools" / "cc"
+    spaced.parent.mkdir()
+    spaced.write_text(f'#!/bin/sh\nexec {compiler} "$@"\n')
+    spaced.chmod(0o755)
+    python = f"{sys.executable} -c 'import os, sys; os.execv(sys.argv[1], sys.argv[1:])'"
+    plain = "-DVLMJAX_PLAIN"
+    for command, expected in (
+        (f"{compiler} {plain}", 0),
+        (f"{python} {compiler} {plain}", 0),
+        (f"{spaced}", vectors),
+    ):
+        monkeypatch.setenv("CC", command)
+        library, reason = native.load("resize", tmp_path)
+        assert library is not None and library.vlmjax_vectors() == expected, reason
+    assert len(list((tmp_path / "native").iterdir())) == 3, "each command makes a library of its own"
+    for command in ("  ", "cc 'open", "nowhere-cc -O2"):
+        monkeypatch.setenv("CC", command)
+        assert native.load("resize", tmp_path) == (None, "no C compiler (set CC, or install cc)")
 
 
 @needs_compiler

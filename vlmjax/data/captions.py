@@ -56,9 +56,7 @@ class CaptionRule:
     def __call__(
         self, captions: Sequence[str], rng: np.random.Generator, extra: Mapping[str, Any] | None = None
     ) -> Text:
-        """The text of an example. Numbers are drawn only where there is something to choose by rule.
-
-        "random" draws even among one caption, so that what is drawn after it does not depend on their number.
+        """The text of an example. Numbers are drawn only where there is something to choose, and by weights.
 
         Raises:
             BadRecord: `no_caption`, or `no_field` when a template names a field that the record lacks.
@@ -76,8 +74,8 @@ class CaptionRule:
             return captions[0]
         if self.choice == "all":
             return " ".join(captions)
-        if self.choice == "random":
-            return captions[int(rng.integers(len(captions)))]
+        if self.choice == "random":  # one of one takes nothing from the generator either way
+            return captions[int(rng.integers(len(captions)))] if len(captions) > 1 else captions[0]
         ends = np.cumsum(_weights(self.choice)[: len(captions)])
         if not ends[-1]:  # the captions it has are those never wanted
             raise BadRecord("no_caption", detail=f"{len(captions)} captions, none of them has a weight")

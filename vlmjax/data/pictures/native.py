@@ -6,6 +6,7 @@ import hashlib
 import os
 import pathlib
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -25,16 +26,17 @@ _SECONDS = 120
 def load(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[ctypes.CDLL | None, str]:
     """The library of `csrc/<name>.c`, or None and the reason why there is none.
 
-    The first call on a machine compiles it (about a second) with $CC, or `cc`, into <cache>/native; the name
-    carries a hash of source, compiler and machine. It appears under that name only when complete, so any
-    number of processes may do this at once. Where the cache cannot be used, a private copy serves this process.
+    The first call on a machine compiles it (about a second) with $CC, a program or a whole command, or `cc`, into
+    <cache>/native; the name carries a hash of source, compiler and machine. It appears under that name only when
+    complete, so any number of processes may do this at once. Where the cache cannot be used, a private copy serves
+    this process.
     """
     try:
         source = (SOURCES / f"{name}.c").read_bytes()
     except OSError as error:
         return None, f"its source is not installed: {error}"
-    compiler = shutil.which(os.environ.get("CC") or "cc")
-    made_by = f"{compiler}|{sys.platform}|{platform.machine()}|{platform.libc_ver()}|{_FLAGS}"
+    compiler = _compiler()
+    made_by = f"{' '.join(compiler)}|{sys.platform}|{platform.machine()}|{platform.libc_ver()}|{_FLAGS}"
     digest = hashlib.sha256(source + made_by.encode()).hexdigest()[:16]
     reasons = []
     for folder in (files.cache_folder(cache) / "native", None):
@@ -44,6 +46,19 @@ def load(name: str, cache: str | os.PathLike[str] | None = None) -> tuple[ctypes
         except (OSError, subprocess.SubprocessError) as error:
             reasons.append(str(error))
     return None, "; ".join(dict.fromkeys(reasons))
+
+
+def _compiler() -> list[str]:
+    """$CC, or `cc`, as the words of a command; none where there is no such program."""
+    given = os.environ.get("CC") or "cc"
+    if whole := shutil.which(given):
+        return [whole]
+    try:
+        command, *arguments = shlex.split(given)
+    except ValueError:  # blank, or quotes without an end
+        return []
+    found = shutil.which(command)
+    return [found, *arguments] if found else []
 
 
 @contextlib.contextmanager
@@ -57,7 +72,7 @@ def _folder(folder: pathlib.Path | None) -> Iterator[pathlib.Path]:
         yield pathlib.Path(temporary)
 
 
-def _loaded(target: pathlib.Path, compiler: str | None, source: bytes) -> ctypes.CDLL:
+def _loaded(target: pathlib.Path, compiler: list[str], source: bytes) -> ctypes.CDLL:
     """The library of that name; made where it is not, or is damaged. Raises OSError and SubprocessError."""
     if target.exists():
         if target.stat().st_uid not in (os.getuid(), 0):  # code is not loaded from just anybody
@@ -68,21 +83,23 @@ def _loaded(target: pathlib.Path, compiler: str | None, source: bytes) -> ctypes
     return ctypes.CDLL(str(target))
 
 
-def _compile(compiler: str | None, source: bytes, target: pathlib.Path) -> None:
+def _compile(compiler: list[str], source: bytes, target: pathlib.Path) -> None:
     """Raises OSError with the compiler's words, or SubprocessError when it hangs."""
-    if compiler is None:
+    if not compiler:
         raise OSError("no C compiler (set CC, or install cc)")
     descriptor, temporary = tempfile.mkstemp(dir=target.parent, prefix=target.name + ".", suffix=".part")
     os.close(descriptor)
     try:
         for extra in ((), (_PLAIN,)):
-            command = [compiler, *_FLAGS, *extra, "-x", "c", "-", "-o", temporary, "-lm"]
+            command = [*compiler, *_FLAGS, *extra, "-x", "c", "-", "-o", temporary, "-lm"]
             done = subprocess.run(command, input=source, capture_output=True, timeout=_SECONDS)
             if not done.returncode:
                 break
         else:
             words = done.stderr.decode(errors="replace").strip().splitlines()
-            raise OSError(f"{compiler} failed: {words[-1] if words else f'status {done.returncode}'}")
+            raise OSError(
+                f"{' '.join(compiler)} failed: {words[-1] if words else f'status {done.returncode}'}"
+            )
         os.chmod(temporary, 0o755)
         with open(temporary, "rb") as made:
             os.fsync(made.fileno())  # a library cut short by a power cut would kill the process that loads it

@@ -14,6 +14,7 @@
 #include <string.h>
 
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)) && !defined(VLMJAX_PLAIN)
+#include <cpuid.h>
 #include <immintrin.h>
 #define WITH_AVX2 1
 #else
@@ -251,10 +252,14 @@ AVX2 static void column_avx2(const Weights *w, int i, uint8_t *const *rows, uint
 }
 #endif
 
-/* 1 where vector code runs on this processor. */
+/* 1 where vector code runs: the processor has AVX2, and the system keeps its registers (bits 1 and 2 of XCR0).
+   Asked here, since zig's __builtin_cpu_supports says no to everything. */
 int vlmjax_vectors(void) {
 #if WITH_AVX2
-    return __builtin_cpu_supports("avx2") ? 1 : 0;
+    unsigned a, b, c, d, kept, rest;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_OSXSAVE)) return 0;
+    __asm__("xgetbv" : "=a"(kept), "=d"(rest) : "c"(0));
+    return (kept & 6) == 6 && __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & bit_AVX2);
 #else
     return 0;
 #endif
