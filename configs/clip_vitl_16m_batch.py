@@ -1,7 +1,7 @@
 """CLIP ViT-L/14 with 16,777,216 pairs in a batch, on small images: the largest batch that one v5e pod holds.
 
-The similarities would take 1 PiB. Images are 112 px, as CLIPA (2305.07017) trains large models for most of their run, so
-that a chip holds its 65,536 of them; finish with configs/clip_vitl_336.py. What is not cited is our choice.
+The similarities would take 1 PiB. Images are 112 px and texts short, as CLIPA (2305.07017) trains large models for most
+of their run, so that a chip holds its 65,536 of them; finish with configs/clip_vitl_336.py. What is not cited is ours.
 """
 
 from vlmjax import config
@@ -20,7 +20,7 @@ def get_config(arg=""):
             "depth": 24,  # table 20
             "heads": 16,  # table 20
             "mlp_dim": 4096,  # 4 x width, as in ViT (2010.11929)
-            "image_size": 112,  # 64 patches; 2305.07017, table 1
+            "image_size": 112,  # 64 patches; as CLIPA (2305.07017)
             "patch_size": 14,  # ViT-L/14
         }
     )
@@ -31,7 +31,7 @@ def get_config(arg=""):
             "heads": 12,  # table 20
             "mlp_dim": 3072,  # 4 x width
             "vocab_size": 49_408,  # of the released tokenizer
-            "max_length": 32,  # 2305.07017, section 3.1: short texts lose little
+            "max_length": 32,  # short texts, as CLIPA
         }
     )
     c.model.projection_dim = 768  # table 20
@@ -48,7 +48,7 @@ def get_config(arg=""):
 
     c.optimizer.learning_rate = 1e-3
     c.optimizer.b1 = 0.9  # table 18
-    c.optimizer.b2 = 0.95  # 2303.15343, section 4.3: 0.95 keeps large batches stable
+    c.optimizer.b2 = 0.95  # as SigLIP (2303.15343) for large batches
     c.optimizer.eps = 1e-6  # table 18
     c.optimizer.weight_decay = 0.2  # table 18
     c.optimizer.warmup.steps = 100

@@ -35,9 +35,9 @@ def get_config(arg=""):
     c.model.projection_dim = 256  # 2107.07651, section 3.2
     c.model.remat = "dots"
 
-    c.loss.momentum = 0.995  # 2107.07651, section 3.5; MoCo has 0.999 (1911.05722, section 4.1)
-    c.loss.queue = 65_536  # 2107.07651, section 3.5; 1911.05722, section 4.1
-    c.loss.soft_targets = 0.4  # 2107.07651, section 3.5
+    c.loss.momentum = 0.995  # 2107.07651, section 3.5; MoCo has 0.999 (1911.05722)
+    c.loss.queue = 65_536  # 2107.07651, section 3.5, and 1911.05722
+    c.loss.soft_targets = 0.4  # 2107.07651, section 3.5, where it grows from 0 during the first epoch
     c.loss.logit_scale_init = 1 / 0.07  # 2107.07651, section 3.2
 
     c.data.train = "/data/cc12m-{00000..01242}.tar"

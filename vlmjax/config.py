@@ -150,7 +150,7 @@ def recipe() -> Config:
     c.loss.positives = (
         "pairs"  # pairs (row i with row i) | captions (rows with equal captions are positives too)
     )
-    c.loss.hard_negatives = 0.0  # negatives count in proportion to exp(this x logit); 2301.02280 section 3.3
+    c.loss.hard_negatives = 0.0  # negatives count in proportion to exp(this x logit); HN-NCE, 2301.02280
     c.loss.momentum = 0.0  # keys from a moving average of the towers, e.g. 0.999 (MoCo, 1911.05722); 0 = none
     c.loss.queue = 0  # keys kept from earlier batches, a multiple of batch_size; needs momentum
     c.loss.soft_targets = (

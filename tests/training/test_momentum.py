@@ -56,7 +56,7 @@ def batch(seed):
 def run(shape=(1, 1, 1), **changes):
     """The states before and after each step, the losses, and the stage."""
     recipe, mesh = (
-        tiny.recipe(**RECIPE, **changes),
+        tiny.recipe(**{**RECIPE, **changes}),
         make_mesh(*shape, devices=jax.devices()[: np.prod(shape)]),
     )
     stage, optimizer = Contrastive(recipe, MODEL, mesh), optax.sgd(0.5)
@@ -155,11 +155,7 @@ def test_soft_targets_and_captions_go_with_the_queue():
 
 def test_a_queue_that_cannot_be():
     with pytest.raises(RecipeError, match="config.loss.queue=40 does not hold whole batches.*such as 32"):
-        Contrastive(
-            tiny.recipe(loss__momentum=0.9, loss__queue=40),
-            MODEL,
-            make_mesh(1, 1, 1, devices=jax.devices()[:1]),
-        )
+        run(loss__queue=40)
     recipe = tiny.recipe(loss__queue=32)
     with pytest.raises(RecipeError, match="config.loss.queue=32 needs a momentum encoder"):
         config.validate(recipe)

@@ -92,7 +92,7 @@ def info_nce(
       RecipeError: `label_smoothing` outside [0, 1), negative `hard_negatives`, or a form the mesh cannot have.
 
     Source: Radford et al. 2021, figure 3; soft targets as in Li et al. 2021 (ALBEF, 2107.07651), equations 6 and 7;
-    reweighting as in Radenovic et al. 2023 (2301.02280), section 3.3; queue as in He et al. 2020 (1911.05722).
+    reweighting as in Radenovic et al. 2023 (2301.02280), with alpha 1; queue as in He et al. 2020 (1911.05722).
     """
     if not 0.0 <= label_smoothing < 1.0:
         raise RecipeError(f"label_smoothing = {label_smoothing}: expected a number in [0, 1), such as 0.1")
