@@ -24,7 +24,7 @@ TOWER_SHARDING = (
     (r".*/(q_proj|k_proj|v_proj|query|key|value|fc1|intermediate/dense)/bias", (None, "tensor")),
     (r".*/(out_proj|fc2|output/dense)/kernel", (None, "tensor", "fsdp")),
     (r".*/(token_embedding|word_embeddings|patch_embedding/kernel)", (None, "fsdp")),
-    (r".*_projection/kernel", ("fsdp", None)),
+    (r".*(_projection|pooler/dense)/kernel", ("fsdp", None)),
     (r".*", ()),
 )
 

@@ -1,5 +1,7 @@
 """The first state of a run: imported parameters lie where the recipe says, at the recipe's image size."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -109,3 +111,23 @@ def test_sizes_and_vocabularies_that_do_not_fit(folder):
         build.make_model(tiny.recipe(init_from=str(path), model__image__image_size=20), Words())
     with pytest.raises(RecipeError, match="has 65 tokens, the text tower embeds 64"):
         build.make_model(tiny.recipe(init_from=str(path), model__image__image_size=32), Words(65))
+
+
+def test_heads_and_widths_that_tensor_does_not_divide_are_refused_before_anything_compiles(tmp_path):
+    """Three heads over two devices: the recipe's key and what would do are named."""
+
+    def start(tensor, **changes):
+        config = dataclasses.replace(MODEL.config, image=dataclasses.replace(MODEL.config.image, **changes))
+        places = make_mesh(tensor=tensor), Checkpoints(str(tmp_path / "checkpoints"))
+        start_state(tiny.recipe(), Clip(config), lambda *_: optax.identity(), (), *places)
+
+    said = (
+        r"config\.mesh\.tensor=2 does not divide the 3 heads of the image tower "
+        r"\(config\.model\.image\.heads\): choose one of 1, 3$"
+    )
+    with pytest.raises(RecipeError, match=said):
+        start(2, width=24, heads=3)
+    with pytest.raises(
+        RecipeError, match=r"fc1/.*31 cannot be cut into 2 .*; change config\.mesh\.tensor, or"
+    ):
+        start(2, mlp_dim=31)

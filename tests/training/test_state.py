@@ -79,8 +79,27 @@ def test_moments_lie_where_their_parameter_lies(name):
         assert state.opt_state.nu["text_model"]["fc1"]["bias"].sharding.spec == PartitionSpec(None, "tensor")
         assert "vision_model" not in state.opt_state.mu
     else:
-        factored = state.opt_state.v_row["text_model"]["fc1"]["kernel"]
-        assert factored.shape != (2, 8, 4) and factored.sharding.spec == PartitionSpec()
+        # Of [2, 8, 4] on (-, fsdp, tensor): averaged over the larger dimension, and over the other one.
+        row, column = (
+            getattr(state.opt_state, name)["text_model"]["fc1"]["kernel"] for name in ("v_row", "v_col")
+        )
+        assert row.shape == (2, 4) and row.sharding.spec == PartitionSpec(None, "tensor")
+        assert column.shape == (2, 8) and column.sharding.spec == PartitionSpec(None, "fsdp")
+        assert state.opt_state.v["text_model"]["fc1"]["kernel"].sharding.spec == PartitionSpec()
+
+
+def test_factored_moments_of_a_square_matrix_lie_as_optax_averages_them():
+    mesh = make_mesh(data=2, fsdp=2, tensor=2)
+    made, params = optax.scale_by_factored_rms(min_dim_size_to_factor=2), {"kernel": jnp.zeros((2, 8, 8))}
+    abstract = jax.eval_shape(lambda p: make_state(p, (), made, False), params)
+    places = state_shardings(abstract, (("kernel", (None, "fsdp", "tensor")),), mesh).opt_state
+    assert places.v_row["kernel"].spec == PartitionSpec(None, "fsdp")
+    assert places.v_col["kernel"].spec == PartitionSpec(None, "tensor")
+    # optax itself: rows of unequal size show which dimension is left
+    grads = {"kernel": jnp.broadcast_to(jnp.arange(1.0, 9.0)[None, :, None], (2, 8, 8))}
+    state = made.update(grads, made.init(params), params)[1]
+    assert len(set(np.asarray(state.v_row["kernel"][0]))) == 8
+    assert len(set(np.asarray(state.v_col["kernel"][0]))) == 1
 
 
 def test_the_average_begins_as_a_copy_and_only_where_wanted():

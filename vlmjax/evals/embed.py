@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
+from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
 
 # Decoded evaluation images up to this size stay in memory between runs of one evaluator.
@@ -53,10 +54,12 @@ class Embedder:
         std = np.asarray(transform.std, np.float32)[None, None, None, :]
         mean = np.asarray(transform.mean, np.float32)[None, None, None, :]
 
+        @on_mesh(mesh)
         def images(params: Any, pixels: jax.Array) -> jax.Array:
             values = pixels.astype(jnp.float32) / (255 * std) - mean / std
             return model.apply({"params": params}, values, method="encode_image").astype(jnp.float32)
 
+        @on_mesh(mesh)
         def texts(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
             out = model.apply({"params": params}, input_ids, attention_mask, method="encode_text")
             return out.astype(jnp.float32)

@@ -8,10 +8,22 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from vlmjax.errors import RecipeError
-from vlmjax.models.layers import DTYPES, Ids, LayerNorm, PositionIds, check_length, check_tower, lookup, stack
+from vlmjax.models.layers import (
+    DTYPES,
+    Ids,
+    LayerNorm,
+    PositionIds,
+    check_length,
+    check_tower,
+    heads_of,
+    lookup,
+    stack,
+    stream,
+)
 from vlmjax.models.outputs import TowerOutput
 from vlmjax.ops.activations import ACTIVATIONS
-from vlmjax.ops.attention import attention, merge_heads, padding_mask, split_heads
+from vlmjax.ops.attention import attention, merge_heads, padding_mask
+from vlmjax.sharding.activations import constrain
 
 # initializer_range of google-research/bert, modeling.py; every kernel and table. Biases start at zero.
 INIT = nn.initializers.normal(0.02)
@@ -66,9 +78,9 @@ class BertAttend(nn.Module):
     ) -> Float[Array, "batch queries width"]:
         """Mix the context for every query; heads are joined, not yet projected."""
         cfg = self.config
-        query = split_heads(_dense(cfg, cfg.width, "query")(x), cfg.heads)
-        key = split_heads(_dense(cfg, cfg.width, "key")(context), cfg.heads)
-        value = split_heads(_dense(cfg, cfg.width, "value")(context), cfg.heads)
+        query = heads_of(_dense(cfg, cfg.width, "query")(x), cfg.heads)
+        key = heads_of(_dense(cfg, cfg.width, "key")(context), cfg.heads)
+        value = heads_of(_dense(cfg, cfg.width, "value")(context), cfg.heads)
         rate = cfg.dropout if self.train else 0.0
         dropout_key = self.make_rng("dropout") if rate > 0.0 else None
         return merge_heads(
@@ -84,13 +96,14 @@ class BertJoin(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens inner"], stream: Float[Array, "batch tokens width"]
+        self, x: Float[Array, "batch tokens inner"], residual: Float[Array, "batch tokens width"]
     ) -> Float[Array, "batch tokens width"]:
         """Return the new stream."""
         cfg = self.config
         x = _dense(cfg, cfg.width, "dense")(x)
         x = nn.Dropout(cfg.dropout, deterministic=not self.train)(x)
-        return LayerNorm(cfg.layer_norm_eps, DTYPES[cfg.dtype], name="LayerNorm")(x + stream)
+        x = LayerNorm(cfg.layer_norm_eps, DTYPES[cfg.dtype], name="LayerNorm")(x + residual)
+        return stream(x)
 
 
 class BertAttention(nn.Module):
@@ -119,7 +132,8 @@ class BertIntermediate(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens inner"]:
         """Project and activate."""
-        return ACTIVATIONS[self.config.activation](_dense(self.config, self.config.mlp_dim, "dense")(x))
+        hidden = _dense(self.config, self.config.mlp_dim, "dense")(x)
+        return ACTIVATIONS[self.config.activation](constrain(hidden, "batch", None, "mlp"))
 
 
 class BertLayer(nn.Module):
@@ -160,7 +174,7 @@ class BertEmbeddings(nn.Module):
         x = x + (types[None, :1] if token_type_ids is None else lookup(types, token_type_ids))
         x = x + (places[None, : input_ids.shape[1]] if position_ids is None else lookup(places, position_ids))
         x = LayerNorm(cfg.layer_norm_eps, DTYPES[cfg.dtype], name="LayerNorm")(x)
-        return nn.Dropout(cfg.dropout, deterministic=not self.train)(x)
+        return stream(nn.Dropout(cfg.dropout, deterministic=not self.train)(x))
 
 
 class BertEncoder(nn.Module):
@@ -186,7 +200,9 @@ class BertPooler(nn.Module):
     @nn.compact
     def __call__(self, first: Float[Array, "batch width"]) -> Float[Array, "batch width"]:
         """Pool."""
-        return jnp.tanh(nn.Dense(self.width, dtype=jnp.float32, kernel_init=INIT, name="dense")(first))
+        first = constrain(first, "batch", None)
+        pooled = jnp.tanh(nn.Dense(self.width, dtype=jnp.float32, kernel_init=INIT, name="dense")(first))
+        return constrain(pooled, "batch", None)
 
 
 class Bert(nn.Module):

@@ -14,6 +14,7 @@ from vlmjax.models.outputs import ClipOutput, TextOutput, TowerOutput, VisionOut
 from vlmjax.models.text import Text, TextConfig
 from vlmjax.models.vit import Vit, VitConfig
 from vlmjax.ops.norms import l2_normalize
+from vlmjax.sharding.activations import constrain
 
 Pixels = Float[Array | np.ndarray, "_ height width channels"]
 Ids = Int[Array | np.ndarray, "_ tokens"]
@@ -75,10 +76,10 @@ class Clip(nn.Module):
         images = texts = image_embeds = text_embeds = per_image = None
         if pixel_values is not None:
             images = self.vision_model(pixel_values, train=train)
-            image_embeds = l2_normalize(self.visual_projection(images.pooler_output))
+            image_embeds = _embeds(self.visual_projection(images.pooler_output))
         if input_ids is not None:
             texts = self._text(input_ids, attention_mask, position_ids, token_type_ids, train)
-            text_embeds = l2_normalize(self.text_projection(texts.pooler_output))
+            text_embeds = _embeds(self.text_projection(texts.pooler_output))
         if image_embeds is not None and text_embeds is not None:
             per_image = similarity(image_embeds, text_embeds, jnp.exp(self.logit_scale))
         return ClipOutput(
@@ -123,6 +124,10 @@ class Clip(nn.Module):
                 "token_type_ids were given, but CLIP's text tower has no token types; leave them out"
             )
         return self.text_model(input_ids, attention_mask, position_ids, train=train)
+
+
+def _embeds(projected: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+    return l2_normalize(constrain(projected, "batch", None))
 
 
 def similarity(

@@ -13,6 +13,7 @@ from vlmjax.errors import RecipeError, UserError
 from vlmjax.ops.activations import ACTIVATIONS
 from vlmjax.ops.attention import attention, merge_heads, split_heads
 from vlmjax.ops.norms import layer_norm
+from vlmjax.sharding.activations import constrain
 
 Ids = Int[Array | np.ndarray, "batch tokens"]
 # Positions may be one row for the whole batch.
@@ -69,9 +70,7 @@ class SelfAttention(nn.Module):
         """Let every token look where `mask` is True (everywhere without one)."""
         width = x.shape[-1]
         q, k, v = (
-            split_heads(
-                nn.Dense(width, dtype=self.dtype, kernel_init=self.init.qkv, name=name)(x), self.heads
-            )
+            heads_of(nn.Dense(width, dtype=self.dtype, kernel_init=self.init.qkv, name=name)(x), self.heads)
             for name in ("q_proj", "k_proj", "v_proj")
         )
         mixed = merge_heads(attention(q, k, v, mask=mask))
@@ -90,8 +89,20 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
         """Apply to every token alone."""
         hidden = nn.Dense(self.mlp_dim, dtype=self.dtype, kernel_init=self.init.fc1, name="fc1")(x)
-        hidden = ACTIVATIONS[self.activation](hidden)
+        hidden = ACTIVATIONS[self.activation](constrain(hidden, "batch", None, "mlp"))
         return nn.Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.init.fc2, name="fc2")(hidden)
+
+
+def heads_of(
+    x: Float[Array, "batch tokens width"], heads: int
+) -> Float[Array, "batch tokens heads head_dim"]:
+    """`split_heads` of a projection, each device holding its own examples and heads."""
+    return constrain(split_heads(x, heads), "batch", None, "heads", None)
+
+
+def stream(x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
+    """The residual stream, each device holding its own examples whole: towers begin and blocks end with it."""
+    return constrain(x, "batch", None, None)
 
 
 def stack(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
@@ -142,4 +153,7 @@ def lookup(
     table: Float[Array, "rows width"], ids: Int[Array | np.ndarray, "batch tokens"]
 ) -> Float[Array, "batch tokens width"]:
     """Rows of an embedding table. An id outside the table gives NaN, so that it cannot pass unseen."""
+    # The table travels to the ids, as any kernel does. Left to itself the compiler sends all ids to every slice of the
+    # table: 256 slices of 3 columns are then padded to 128 each, and 256 times as many rows are looked up.
+    table = constrain(table, None, None)
     return jnp.take(table, jnp.asarray(ids), axis=0, mode="fill", fill_value=jnp.nan)

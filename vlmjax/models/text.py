@@ -19,9 +19,11 @@ from vlmjax.models.layers import (
     check_tower,
     lookup,
     stack,
+    stream,
 )
 from vlmjax.models.outputs import TowerOutput
 from vlmjax.ops.attention import causal_mask, combine_masks, padding_mask
+from vlmjax.sharding.activations import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,9 +78,9 @@ class TextBlock(nn.Module):
         cfg, dtype = self.config, DTYPES[self.config.dtype]
         init = text_init(cfg.width, cfg.depth)
         y = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm1")(x)
-        x = x + SelfAttention(cfg.heads, dtype, init, name="self_attn")(y, mask)
+        x = stream(x + SelfAttention(cfg.heads, dtype, init, name="self_attn")(y, mask))
         y = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm2")(x)
-        return x + Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y), None
+        return stream(x + Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y)), None
 
 
 class TextEmbeddings(nn.Module):
@@ -100,7 +102,7 @@ class TextEmbeddings(nn.Module):
             "position_embedding", nn.initializers.normal(0.01), (cfg.max_length, cfg.width), jnp.float32
         )
         positions = table[None, : input_ids.shape[1]] if position_ids is None else lookup(table, position_ids)
-        return (lookup(tokens, input_ids) + positions).astype(DTYPES[cfg.dtype])
+        return stream((lookup(tokens, input_ids) + positions).astype(DTYPES[cfg.dtype]))
 
 
 class TextEncoder(nn.Module):
@@ -148,7 +150,8 @@ class Text(nn.Module):
             x, eos_position(jnp.asarray(input_ids), cfg.eos_token_id)[:, None, None], axis=1
         )
         norm = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="final_layer_norm")
-        return TowerOutput(last_hidden_state=norm(x).astype(x.dtype), pooler_output=norm(row[:, 0]))
+        pooled = constrain(norm(row[:, 0]), "batch", None)
+        return TowerOutput(last_hidden_state=norm(x).astype(x.dtype), pooler_output=pooled)
 
 
 def eos_position(input_ids: Int[Array, "batch tokens"], eos_token_id: int) -> Int[Array, " batch"]:

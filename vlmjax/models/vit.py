@@ -10,9 +10,10 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from vlmjax.errors import RecipeError, UserError
-from vlmjax.models.layers import DTYPES, BlockInit, LayerNorm, Mlp, SelfAttention, check_tower, stack
+from vlmjax.models.layers import DTYPES, BlockInit, LayerNorm, Mlp, SelfAttention, check_tower, stack, stream
 from vlmjax.models.outputs import TowerOutput
 from vlmjax.ops.resize import resize_positions
+from vlmjax.sharding.activations import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +88,9 @@ class VitBlock(nn.Module):
         """Return the stream after this block, and nothing else for the scan to collect."""
         cfg, dtype, init = self.config, DTYPES[self.config.dtype], vit_init(self.config.width)
         y = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm1")(x)
-        x = x + SelfAttention(cfg.heads, dtype, init, name="self_attn")(y, mask)
+        x = stream(x + SelfAttention(cfg.heads, dtype, init, name="self_attn")(y, mask))
         y = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm2")(x)
-        return x + Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y), None
+        return stream(x + Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y)), None
 
 
 class VitEmbeddings(nn.Module):
@@ -118,7 +119,7 @@ class VitEmbeddings(nn.Module):
         )(patches)
         first = jnp.broadcast_to(class_embedding.astype(dtype), (tokens.shape[0], 1, cfg.width))
         positions = resize_positions(positions, cfg.grid, grid).astype(dtype)
-        return jnp.concatenate([first, tokens], axis=1) + positions[None]
+        return stream(jnp.concatenate([first, tokens], axis=1) + positions[None])
 
 
 class VitEncoder(nn.Module):
@@ -155,7 +156,7 @@ class Vit(nn.Module):
         x = LayerNorm(cfg.layer_norm_eps, DTYPES[cfg.dtype], name="pre_layernorm")(x)
         x = VitEncoder(cfg, name="encoder")(x)
         pooled = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="post_layernorm")(x[:, 0])
-        return TowerOutput(last_hidden_state=x, pooler_output=pooled)
+        return TowerOutput(last_hidden_state=x, pooler_output=constrain(pooled, "batch", None))
 
 
 def check_pixels(pixel_values: Array | np.ndarray, patch_size: int) -> None:

@@ -122,7 +122,8 @@ def _check(path: str, shape: Sequence[int], spec: Any, mesh: Mesh) -> None:
         parts = math.prod(mesh.shape[name] for name in _axes(entry))
         if shape[dim] % parts:
             raise RecipeError(
-                f"{about}: dimension {dim} of {shape[dim]} cannot be cut into {parts} equal parts"
+                f"{about}: dimension {dim} of {shape[dim]} cannot be cut into {parts} equal parts; change "
+                f"{' or '.join(f'config.mesh.{name}' for name in _axes(entry))}, or this rule of config.sharding"
             )
 
 

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlmjax.data import images
+from vlmjax.errors import RecipeError
 from vlmjax.sharding.rules import format_table, shardings
 from vlmjax.training.build import import_params
 from vlmjax.training.checkpoint import Checkpoints
@@ -38,6 +39,7 @@ def start_state(
     Returns:
       (state, data position of the checkpoint or {}, optimizer).
     """
+    check_heads(model.config, mesh)
     frozen = (*recipe.frozen, *stage.frozen)
 
     def init() -> Tree:
@@ -66,6 +68,18 @@ def start_state(
     imported = import_params(recipe, model, places_of_model)
     whole = jax.jit(lambda params: make(stage.with_own_params(params)), out_shardings=places)
     return whole(imported), {}, optimizer
+
+
+def check_heads(config: Any, mesh: Mesh) -> None:
+    """Raise RecipeError unless every tower's heads can be dealt out evenly along `tensor`."""
+    parts = mesh.shape["tensor"]
+    for name, tower in (("image", config.image), ("text", config.text)):
+        if tower.heads % parts:
+            fits = [n for n in range(1, tower.heads + 1) if tower.heads % n == 0]
+            raise RecipeError(
+                f"config.mesh.tensor={parts} does not divide the {tower.heads} heads of the {name} tower "
+                f"(config.model.{name}.heads): choose one of {', '.join(map(str, fits))}"
+            )
 
 
 def init_params(model: Any, seed: int) -> Tree:

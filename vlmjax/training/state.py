@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import traverse_util
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from vlmjax.errors import RecipeError
 from vlmjax.sharding.mesh import batch_sharding, replicated
@@ -81,14 +81,15 @@ def make_state(
 def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainState:
     """The sharding of every array of a state: parameters by rule, optimizer moments like their parameter.
 
-    An array of the optimizer, or of a momentum encoder, belongs to the parameter whose path ends its own and whose
-    shape it has; counters and factored moments are replicated. Rows of `extra` lie where those of a batch lie.
+    An array of the optimizer, or of a momentum encoder, belongs to the parameter whose path ends its own; it has the
+    parameter's shape, or lacks one dimension of it (a factored moment). Counters are replicated. Rows of `extra` lie
+    where those of a batch lie.
     """
     whole = shardings(rules, merge(abstract.params, abstract.frozen), mesh)
     by_path = traverse_util.flatten_dict(whole, sep="/")
     shapes = traverse_util.flatten_dict(merge(abstract.params, abstract.frozen), sep="/")
 
-    def place(keypath: Any, leaf: Any) -> jax.sharding.NamedSharding:
+    def place(keypath: Any, leaf: Any) -> NamedSharding:
         parts = path_of(keypath).split("/")
         if parts[:2] == ["extra", "rows"]:
             return batch_sharding(mesh)
@@ -96,9 +97,24 @@ def state_shardings(abstract: TrainState, rules: Sequence, mesh: Mesh) -> TrainS
             path = "/".join(parts[start:])
             if path in by_path and shapes[path].shape == leaf.shape:
                 return by_path[path]
+            if path in by_path:
+                return _factored(by_path[path], shapes[path].shape, leaf.shape, rows="v_row" in parts[:start])
         return replicated(mesh)
 
     return jax.tree_util.tree_map_with_path(place, abstract)
+
+
+def _factored(whole: NamedSharding, shape: tuple, left: tuple, rows: bool) -> NamedSharding:
+    """The place of a moment that was averaged over one dimension of its parameter.
+
+    Of two equal dimensions optax averages `v_row` over the last and `v_col` over the first.
+    """
+    gone = [i for i in range(len(shape)) if shape[:i] + shape[i + 1 :] == left]
+    if not gone:
+        return replicated(whole.mesh)  # what optax keeps in place of a moment it does not factor
+    spec = (*whole.spec, *[None] * (len(shape) - len(whole.spec)))
+    gone = gone[-1] if rows else gone[0]
+    return NamedSharding(whole.mesh, PartitionSpec(*spec[:gone], *spec[gone + 1 :]))
 
 
 def count(tree: Tree) -> int:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import BATCH_AXES
 from vlmjax.training.state import TrainState, merge
 
@@ -106,6 +107,7 @@ def make_train_step(
     top-level group of parameters under `finite_groups`.
     """
 
+    @on_mesh(mesh)
     def train_step(state: TrainState, batch: Mapping) -> tuple[TrainState, dict]:
         rng = jax.random.fold_in(jax.random.key(seed), state.step)
         if micro_batches == 1:

@@ -1,0 +1,62 @@
+"""Where activations live: models name the dimensions of their arrays, and here the names become mesh axes."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, PartitionSpec
+
+from vlmjax.sharding.mesh import BATCH_AXES
+
+# The name of a dimension -> the mesh axes it is cut along. Unnamed dimensions are whole on every device.
+ACTIVATIONS: dict[str, tuple[str, ...]] = {
+    "batch": BATCH_AXES,
+    "heads": ("tensor",),
+    "mlp": ("tensor",),  # the wide half of an MLP
+}
+
+
+def constrain(x: Any, *names: str | None) -> Any:
+    """`x`, held to its place on the mesh in context; its gradient is held to the same place.
+
+    Without this the compiler may as well spread the width of activations over the axes that parameters are cut
+    along, and then every device holds every example. Without a mesh nothing happens.
+
+    Args:
+      x: an array.
+      names: for each dimension a name in ACTIVATIONS, or None. A dimension that its axes do not divide (the one
+        example that parameters are made with) stays whole, and so does one whose axes the mesh lacks.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    free = {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto  # inside a shard_map the arrays are parts already
+    }
+    spec = []
+    for size, name in zip(x.shape, names, strict=True):
+        axes = tuple(axis for axis in ACTIVATIONS[name] if axis in free) if name else ()
+        spec.append(axes if size % math.prod(free[axis] for axis in axes) == 0 else None)
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if free else x
+
+
+def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
+    """Decorator of a function that is going to be compiled for `mesh`: `constrain` is heard inside.
+
+    It does what `jax.set_mesh` around every call and every `lower` would do, and cannot be forgotten by a caller.
+    (`with mesh:`, as older code has it, is not seen by `constrain`, nor by flax's constraints.)
+    """
+
+    def decorate(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def inside(*args, **kwargs):
+            with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+                return function(*args, **kwargs)
+
+        return inside
+
+    return decorate
