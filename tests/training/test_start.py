@@ -119,7 +119,7 @@ def test_heads_and_widths_that_tensor_does_not_divide_are_refused_before_anythin
     def start(tensor, **changes):
         config = dataclasses.replace(MODEL.config, image=dataclasses.replace(MODEL.config.image, **changes))
         places = make_mesh(tensor=tensor), Checkpoints(str(tmp_path / "checkpoints"))
-        start_state(tiny.recipe(), Clip(config), lambda *_: optax.identity(), (), *places)
+        start_state(tiny.recipe(), Clip(config), lambda *_: optax.identity(), Stage(), *places)
 
     said = (
         r"config\.mesh\.tensor=2 does not divide the 3 heads of the image tower "
