@@ -23,6 +23,7 @@ Batch = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 _MIN_SEEN = 400  # records before a share of bad ones means anything
+_SHOWN = 3  # records of a reason that are logged by their keys
 _ALL_BAD = 8  # records that say by themselves that nothing in the data can be used
 
 
@@ -51,6 +52,8 @@ class SkipCounter:
         """
         self.name, self.max_share = name, max_share
         self.seen, self.by_reason, self.by_source = 0, Counter(), Counter()
+        self._shown: dict[str, set[str]] = {}
+        self._unshown: Counter[str] = Counter()
 
     @property
     def skipped(self) -> int:
@@ -63,7 +66,7 @@ class SkipCounter:
         for failure in failures:
             self.by_reason[failure.reason] += 1
             self.by_source[failure.source or self.name] += 1
-            self._report(failure, self.by_reason[failure.reason])
+            self._show(failure)
         allowed = self.max_share * self.seen
         # Three standard deviations of a count about `allowed`: good data must not stop on a bad day.
         too_many = self.seen >= _MIN_SEEN and self.skipped > allowed + 3 * math.sqrt(allowed)
@@ -79,11 +82,23 @@ class SkipCounter:
         """'truncated 12, no_caption 3': for messages and reports."""
         return ", ".join(f"{reason} {count}" for reason, count in self.by_reason.most_common())
 
-    def _report(self, failure: Failure, count: int) -> None:
-        """Log the first five of a reason, then the 8th, 16th, 32nd, ..."""
-        if count <= 5 or count & (count - 1) == 0:
-            where = f"number {count} of this reason in {failure.source or self.name}"
-            _log.warning("skipped %s: %s (%s), %s", failure.key, failure.reason, failure.detail, where)
+    def _show(self, failure: Failure) -> None:
+        """Log a record of its own, the first few of each reason; the others wait for `report`."""
+        shown = self._shown.setdefault(failure.reason, set())
+        if len(shown) >= _SHOWN or failure.key in shown:
+            self._unshown[failure.reason] += 1
+            return
+        shown.add(failure.key)
+        rest = "; more of this reason are only counted" if len(shown) == _SHOWN else ""
+        where = failure.source or self.name
+        _log.warning("skipped %s: %s (%s), in %s%s", failure.key, failure.reason, failure.detail, where, rest)
+
+    def report(self) -> None:
+        """Log in one line how many more were skipped since the last report; called once per logging interval."""
+        if self._unshown:
+            more = ", ".join(f"{reason} {count}" for reason, count in self._unshown.most_common())
+            _log.warning("skipped more: %s; %d of %d records so far", more, self.skipped, self.seen)
+            self._unshown.clear()
 
 
 class Pixels:

@@ -26,6 +26,7 @@ def data_row(data: TrainData, seconds: float) -> dict[str, Any]:
     if "queue" in work:
         row["data/queue"] = work["queue"]
     skips = data.skips
+    skips.report()
     row |= {f"skipped/{reason}": count for reason, count in sorted(skips.by_reason.items())}
     if len(data.mixture.parts) > 1:
         row |= {f"skipped/from/{name}": count for name, count in sorted(skips.by_source.items())}
