@@ -138,9 +138,9 @@ def _is_web(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def _request(url: str, method: str = "GET") -> Any:
+def _request(url: str, method: str = "GET", **more: str) -> Any:
     """An answer of a web server. Needs no driver, and a silent server cannot hold it for longer than TIMEOUT."""
-    headers = {"User-Agent": "vlmjax", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "vlmjax", "Accept-Encoding": "identity", **more}
     try:
         return urllib.request.urlopen(
             urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT
@@ -270,6 +270,19 @@ def small(url: str) -> bytes | None:
     except FileNotFoundError:
         return None
     return data[-1]
+
+
+def end_of(url: str, size: int, count: int) -> bytes:
+    """The last bytes of a file of `size` bytes; none where they cannot be had alone."""
+    try:
+        if not _is_web(url):
+            system, inner = filesystem(url)
+            return system.cat_file(inner, start=max(0, size - count), end=size)
+        with _request(url, Range=f"bytes=-{count}") as answer:
+            return answer.read(count) if answer.status == http.client.PARTIAL_CONTENT else b""
+    except Exception as error:  # drivers raise errors of their own; whoever reads the file meets it again
+        _log.debug("the end of %s: %s", url, error)
+        return b""
 
 
 def copy(stream: Any, out: IO[bytes]) -> None:
