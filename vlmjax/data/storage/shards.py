@@ -55,7 +55,8 @@ class Shards:
         """
         self.paths = list(paths)
         self.folder = files.cache_folder(cache)
-        _refuse_special(self.paths)
+        for path in self.paths:
+            files.refuse_special(path)
         self._cache = shared_cache(str(self.folder / "shards"), limit_from_environment())
         far = [path for path in self.paths if files.is_remote(path)]
         self.remote = bool(far)
@@ -344,11 +345,3 @@ class _Ahead:
                 files.LOG.debug("download ahead of %s: %s", name, error)
             with self._lock:
                 self._known.discard(name)
-
-
-def _refuse_special(paths: Sequence[str]) -> None:
-    """Raise DataError for a pipe or a device: opening one may wait for ever. What is missing shows later."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if not files.is_remote(path) and files.is_special(path):
-                raise DataError(f"{path} is a pipe or a device; expected a file: write it to one first")
