@@ -60,7 +60,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 def test_figures_of_a_shard(shard, tmp_path, capsys):
     tokenizer(tmp_path / "tokenizer")
     out = tmp_path / "new" / "stats.json"
-    arguments = [str(shard), f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer'}", "--max-length=4"]
+    arguments = [str(shard), f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer'}", "--max_length=4"]
     stats.main([*arguments, "--threads=3"])
     found = json.loads(out.read_text())
     assert (found["records"], found["of"], found["readable"]) == (12, 12, 11)
@@ -104,7 +104,7 @@ def test_mistakes_are_one_line(tmp_path, shard):
     for arguments, words in (
         ([tmp_path / "none.tar"], "no such data file"),
         ([shard, f"--out={shard}/x.json"], "cannot be written"),
-        ([shard, "--max-length=3"], "name a --tokenizer"),
+        ([shard, "--max_length=3"], "name a --tokenizer"),
     ):
         done = run(*arguments)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr

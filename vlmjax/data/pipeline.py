@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from vlmjax.data import images, loader, mixture, plan
+from vlmjax.data.captions import Text
 from vlmjax.data.examples import Examples
 from vlmjax.data.loader import Batch, SkipCounter
 from vlmjax.data.mixture import Mixture
+from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, together
 from vlmjax.data.text import Tokenizer
 from vlmjax.errors import DataError
@@ -182,6 +184,14 @@ class TrainData:
         A step before this mixture began counts as its first one.
         """
         return self._plan().indices(max(step, -(-self.mixture.start // self.batch_size)))
+
+    def text(self, record: Record, step: int, row: int) -> Text:
+        """The caption that a record has in a row of the global batch of a step, and the text made of it.
+
+        Raises:
+            BadRecord: it has none.
+        """
+        return self._examples.text(record, step * self.batch_size + row)
 
     @property
     def images_per_batch(self) -> int:
