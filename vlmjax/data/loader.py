@@ -3,9 +3,6 @@
 import dataclasses
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
 import pickle
 import threading
 from collections import Counter
@@ -14,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmjax.data import images, plan
+from vlmjax.data import images, plan, workers
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, key_of
 from vlmjax.errors import BadRecord, DataError
@@ -192,11 +189,7 @@ class _Buffers:
 
 
 class Batches:
-    """The batches of a plan in order, worked on ahead of their turn: an iterator of (step, batch, Done).
-
-    Attributes:
-        finished, taken: chunks done and chunks given out; their difference waits. Processes do not tell.
-    """
+    """The batches of a plan in order, worked on ahead of their turn: an iterator of (step, batch, Done)."""
 
     def __init__(
         self,
@@ -215,10 +208,12 @@ class Batches:
             threads: that work; 0 for the caller's own.
             processes: that work instead, each with its part of the threads; `make` and `work` are pickled.
         """
-        self.finished = self.taken = 0
+        self._finished = self._taken = 0  # chunks, or in processes whole batches
         self._lock = threading.Lock()
+        self._elsewhere: workers.Finished | None = None
         steps = self._in_processes if processes else self._in_threads
         self._steps = steps(chunks, make, work, threads, processes)
+        self._per_batch = 1 if processes else chunks.chunks_per_batch
 
     def __iter__(self) -> "Batches":
         """Itself."""
@@ -227,6 +222,12 @@ class Batches:
     def __next__(self) -> tuple[int, Batch, Done]:
         """The next batch in order."""
         return next(self._steps)
+
+    def waiting(self) -> float:
+        """How many batches are done and not yet taken."""
+        if self._elsewhere is not None:
+            self._finished = self._elsewhere.total()
+        return max(0, self._finished - self._taken) / self._per_batch
 
     def close(self) -> None:
         """Stop working ahead."""
@@ -242,7 +243,7 @@ class Batches:
             rows = slice(chunk.start, chunk.start + len(chunk.indices))
             done = work(chunk, {name: value[rows] for name, value in batch.items()})
             with self._lock:
-                self.finished += 1
+                self._finished += 1
             return chunk.step, done
 
         ahead = 2 * per_batch + threads if threads else 0
@@ -251,7 +252,7 @@ class Batches:
         parts: list[Done] = []
         try:
             for step, done in results:
-                self.taken += 1
+                self._taken += 1
                 parts.append(done)
                 if len(parts) == per_batch:
                     yield step, buffers.take(step), _sum(parts)
@@ -267,10 +268,12 @@ class Batches:
             flags.FLAGS.mark_as_parsed()  # grain reads its flags, which a notebook never parses
         whole = dataclasses.replace(chunks, chunk=len(chunks.rows))
         each = max(1, threads // processes)
-        dataset = grain.MapDataset.source(whole).map(_WholeBatch(make, work))
+        workers.start_tracker()
+        self._elsewhere = finished = workers.Finished(processes)
+        dataset = grain.MapDataset.source(whole).map(workers.WholeBatch(make, work, finished.path))
         dataset = dataset.to_iter_dataset(grain.ReadOptions(each, 2 * each))
         options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=2)
-        results = iter(dataset.mp_prefetch(options, worker_init_fn=_init_worker))
+        results = iter(dataset.mp_prefetch(options, worker_init_fn=workers.init))
         try:
             while True:
                 try:
@@ -283,39 +286,12 @@ class Batches:
                 step, keys, done = pickle.loads(words)
                 # A copy: a batch in shared memory would keep its segment for as long as anybody holds an array.
                 batch = {name: np.array(value) for name, value in numbers.items()}
+                self._taken += 1
                 yield step, {**batch, "key": np.array(keys, object)}, done
         finally:
             results.close()
-
-
-class _WholeBatch:
-    """One item of a worker process: a batch of this host, numbers apart from what has to be pickled."""
-
-    def __init__(self, make: Callable[[], Batch], work: Callable[[plan.Chunk, Batch], Done]):
-        self._make, self._work = make, work
-
-    def __call__(self, chunk: plan.Chunk) -> tuple[Batch, bytes]:
-        batch = self._make()
-        done = self._work(chunk, batch)
-        keys = batch.pop("key").tolist()
-        return batch, pickle.dumps((chunk.step, keys, done))
-
-
-def _init_worker(_index: int = 0, _count: int = 1) -> None:
-    """Keep a worker off the accelerator, and end it with its parent, even a killed one.
-
-    A worker that outlived its parent would hold the tracker of shared memory open, which frees what is left when
-    the last process of the family is gone.
-    """
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
+            self._elsewhere = None
+            finished.close()
 
 
 def _sum(parts: list[Done]) -> Done:

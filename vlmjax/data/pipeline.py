@@ -201,9 +201,8 @@ class TrainData:
     def work(self) -> dict[str, int | float]:
         """Since the last call: batches, seconds of all threads, bytes read; and the batches that wait just now."""
         out, self._work = dataclasses.asdict(self._work), _Work()
-        if self._batches is not None and not self._processes:
-            per_batch = self._plan().chunks_per_batch
-            out["queue"] = max(0, self._batches.finished - self._batches.taken) / per_batch
+        if self._batches is not None:
+            out["queue"] = self._batches.waiting()
         return out
 
     @property

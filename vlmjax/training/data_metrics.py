@@ -13,7 +13,7 @@ def data_row(data: TrainData, seconds: float) -> dict[str, Any]:
     """The columns of one logged line, over the last `seconds`; called by all processes together.
 
     `data/decode_ms` is the work of the decoding threads per image, `data/megabytes_per_second` what was read encoded,
-    `data/truncated_share` the share of texts that were cut, `data/queue` the batches that wait ready (threads only):
+    `data/truncated_share` the share of texts that were cut, `data/queue` the batches that wait ready:
     each of this process. `skipped` counts the records of all processes that could not be used since the run was
     started; its parts are by reason and, with several sources, by source (both of this process), and by host.
     """
