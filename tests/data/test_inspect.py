@@ -146,7 +146,7 @@ def test_reasons_and_markup(shard, tmp_path):
     assert len(page.pictures) == 8
 
 
-def test_mistakes_are_one_line(shard, tmp_path):
+def test_mistakes_are_one_line(shard, tmp_path, capsys):
     for arguments, words in (
         (["none.tar"], "no such data file"),
         ([shard, "--config.data.augment.flop=1"], "did you mean 'flip'"),
@@ -155,11 +155,10 @@ def test_mistakes_are_one_line(shard, tmp_path):
         ([shard, f"--out={tmp_path}"], "cannot be written"),
         (["--config=none.py", "--config.seed=3"], "--config=none.py: no such file"),
     ):
-        command = [sys.executable, "-m", "vlmjax.data.inspect", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode in (1, 78) and words in done.stderr and done.stderr.count("\n") == 1, (
-            done.stderr
-        )
+        with pytest.raises(SystemExit) as ended:
+            inspect.main(list(map(str, arguments)))
+        told = capsys.readouterr().err
+        assert ended.value.code in (1, 78) and words in told and told.count("\n") == 1, told
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
