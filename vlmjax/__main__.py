@@ -5,12 +5,12 @@ COMMANDS = {
     "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout:class",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "data.stats": "what a source holds    scenes:heldout --limit=200",
-    "data.inspect": "a step's rows, a page  scenes --image-size=64 --out=step.html",
+    "data.inspect": "a step's rows, a page  --config=configs/quickstart.py --out=step.html",
     "data.scenes": "draw the scenes        --sheet=scenes.png",
     "data.formats.tfds_coco": "COCO captions as TFDS  --coco=DIR --out=DIR",
     "data.index": "index shards           shards/*.tar",
     "data.convert": "write shards           pairs.jsonl --out=shards",
-    "data.bench": "time the pipeline      scenes --image-size=64",
+    "data.bench": "time the pipeline      scenes --image_size=64",
 }
 
 

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -142,12 +143,39 @@ def test_killed_and_started_again(tmp_path):
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     child.wait()
+    (out / f"data-00079.tar.{socket.gethostname()}-{child.pid}.part").write_bytes(
+        b"if it was caught between two"
+    )
     for folder in (out, tmp_path / "whole"):
         subprocess.run([*command, f"--out={folder}"], env=env, check=True, stdout=subprocess.DEVNULL)
     made = sorted(path.name for path in (tmp_path / "whole").glob("data-*"))
-    assert len(made) == 80
+    assert len(made) == 80 and made == sorted(path.name for path in out.glob("data-*"))
     for name in made:
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_parts_of_the_dead_are_removed_and_no_others(shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    (tmp_path / "tmp").mkdir()
+    dead, host = subprocess.Popen(["true"]), socket.gethostname()
+    dead.wait()
+    waste = [f"out/data-00001.tar.{host}-{dead.pid}.part", f"tmp/vlmjax-convert-ab.{host}-{dead.pid}.part",
+             "out/data-00009.tar.elsewhere-7.part"]  # fmt: skip
+    kept = [f"out/data-00008.tar.{host}-{os.getpid()}.part", "out/data-00000.tar.elsewhere-7.part", "out/other.part",
+            f"tmp/x.{host}-{dead.pid}.part"]  # fmt: skip
+    (tmp_path / "out").mkdir()
+    for name in waste + kept:
+        (tmp_path / name).write_bytes(b"half")
+    os.utime(tmp_path / waste[2], (0, 0))
+    assert _run(shards, f"--out={tmp_path}/out", "--records=10") == 0
+    assert [name for name in waste + kept if (tmp_path / name).exists()] == kept
+
+
+def test_progress_off_a_terminal_is_lines(shards, tmp_path, capsys):
+    assert _run(shards, f"--out={tmp_path}/out", "--records=1") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2:] == ["25 of 25 shards, 25 records", f"25 records in {tmp_path}/out; left out: none"]
+    assert 9 <= len(lines) <= 12 and not any("\r" in line for line in lines)
 
 
 @pytest.mark.slow

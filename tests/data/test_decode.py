@@ -10,7 +10,7 @@ from helpers import encoded, picture
 from PIL import Image
 
 from vlmjax.data import augment, images
-from vlmjax.data.pictures import decode
+from vlmjax.data.pictures import decode, jpeg
 from vlmjax.errors import BadRecord, DataError
 
 
@@ -121,7 +121,7 @@ def test_headers_are_read_as_pillow_reads_them(shared_path):
     files += [encoded(textured(20, 30), "JPEG", **options) for options in KINDS]
     quick = 0
     for data in files:
-        size = decode._plain_jpeg(data)
+        size = jpeg.plain_size(data)
         if size is not None:
             quick += 1
             image = decode._open(data, 1 << 40)[0]
@@ -129,10 +129,40 @@ def test_headers_are_read_as_pillow_reads_them(shared_path):
     assert quick >= len(KINDS) + 4
     plain = encoded(textured(20, 30), "JPEG")
     for cut in range(0, plain.index(b"\xff\xda") + 2, 7):
-        assert decode._plain_jpeg(plain[:cut]) is None
+        assert jpeg.plain_size(plain[:cut]) is None
     xmp = b'http://ns.adobe.com/xap/1.0/\0<x tiff:Orientation="6"/>'
     turned = plain[:2] + b"\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp + plain[2:]
-    assert decode._plain_jpeg(turned) is None and images.open_image(turned).shape == (30, 20, 3)
+    assert jpeg.plain_size(turned) is None and images.open_image(turned).shape == (30, 20, 3)
+
+
+def _with_scans(count: int, side: int = 64) -> bytes:
+    """A progressive JPEG whose last scan is there again and again."""
+    data = encoded(textured(side, side), "JPEG", progressive=True)
+    last = data.rindex(b"\xff\xda")
+    return data[:last] + data[last:-2] * (count - data.count(b"\xff\xda") + 1) + data[-2:]
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_jpeg_of_hundreds_of_scans_is_refused_before_it_is_decoded(monkeypatch, fast):
+    monkeypatch.setattr(decode, "decoder", lambda: "simplejpeg" if fast else "pillow")
+    assert images.decode(_with_scans(100)).shape == (64, 64, 3)
+    with pytest.raises(BadRecord, match="bomb: more than 100 scans of 64 x 64"):
+        images.decode(_with_scans(101))
+    with pytest.raises(BadRecord, match="bomb: more than 16 scans"):  # a large picture has fewer
+        images.decode(_with_scans(17), max_pixels=64 * 64)
+
+
+def test_scans_are_counted_where_decoders_read_them():
+    plain, progressive = (encoded(textured(64, 64), "JPEG", progressive=p) for p in (False, True))
+    assert jpeg.scans(plain, 100) == 1 and jpeg.scans(progressive, 100) == progressive.count(b"\xff\xda") > 5
+    assert jpeg.scans(progressive + _with_scans(300), 100) == jpeg.scans(progressive, 100)  # behind the end
+    hidden = (
+        b"\xff\xe2" + (702).to_bytes(2, "big") + b"\xff\xda" * 350
+    )  # in a segment of an application's own
+    assert jpeg.scans(progressive[:2] + hidden + progressive[2:], 100) == jpeg.scans(progressive, 100)
+    assert jpeg.scans(_with_scans(5000), 100) == 101 and jpeg.scans(progressive[:300], 100) <= 1
+    restarts = encoded(textured(64, 64), "JPEG", progressive=True, restart_marker_blocks=1)
+    assert b"\xff\xd3" in restarts and jpeg.scans(restarts, 100) == restarts.count(b"\xff\xda")
 
 
 def test_cmyk_and_other_files_come_as_pixels():

@@ -9,13 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import caption, encoded, picture, tokenizer, write_tar
+from helpers import caption, encoded, picture, write_tar
 from PIL import Image
 
-from vlmjax.data import augment, inspect, pipeline
-from vlmjax.data.sources import open_source
-from vlmjax.errors import DataError
+from vlmjax.data import augment, inspect, mixture, pipeline
+from vlmjax.data import recipe as recipes
+from vlmjax.data.sources import open_sources, together
 
+# Of ml_collections, which reads recipes so.
+pytestmark = pytest.mark.filterwarnings("ignore:the load_module")
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -51,34 +53,57 @@ class Page(html.parser.HTMLParser):
         self.texts.append(data)
 
 
-def test_page_holds_the_rows_of_training(shard, tmp_path, capsys):
-    one = tokenizer(tmp_path / "tokenizer", 6)
-    out = tmp_path / "page.html"
-    arguments = [
-        str(shard),
-        f"--out={out}",
-        "--step=3",
-        "--seed=2",
-        "--batch-size=8",
-        "--show=6",
-        "--image-size=32",
+STEP = 7
+RECIPE = """
+from vlmjax import config
+
+def get_config(arg=""):
+    c = config.recipe()
+    c.total = config.duration(steps=9)
+    c.batch_size, c.seed = 8, 2
+    c.model.image.update({"image_size": 32, "patch_size": 8})
+    c.model.text.max_length = 24
+    c.data.augment = config.augmentation(flip=0.5, crop_scale=(0.3, 1.0), policy="randaugment(2, 9)")
+    c.data.tokenizer = "bpe:600"
+    return config.choose(c, arg)
+"""
+
+
+@pytest.fixture(name="recipe")
+def _recipe(tmp_path, shard):
+    """The options of a trainer: a recipe of two sources in unequal shares, with templates and a background."""
+    members = {f"t{i}.png": encoded(picture(20 + i, channels=4)) for i in range(12)}
+    members |= {f"t{i}.txt": caption(20 + i).encode() for i in range(12)}
+    other = write_tar(tmp_path / "y.tar", members)
+    (tmp_path / "recipe.py").write_text(RECIPE)
+    return [
+        f"--config={tmp_path / 'recipe.py'}",
+        f"--config.data.train={shard},{other}",
+        "--config.data.mix=equal",
+        "--config.data.weights=(0.25, 0.75)",
+        "--config.data.templates=('a photo of {caption}', '{caption}, on a table')",
+        "--config.data.background=(9, 200, 30)",
     ]
-    inspect.main(
-        [*arguments, f"--tokenizer={tmp_path / 'tokenizer'}", "--max-length=6", "--augment=flip=0.5",
-         "--augment=crop_scale=(0.3, 1.0)", "--augment=policy=randaugment(2, 9)"]
-    )  # fmt: skip
-    transform = augment.TrainTransform(
-        32, {"flip": 0.5, "crop_scale": (0.3, 1.0), "policy": "randaugment(2, 9)"}
-    )
+
+
+def test_page_holds_the_rows_of_training(recipe, tmp_path, capsys):
+    out = tmp_path / "page.html"
+    inspect.main([*recipe, f"--out={out}", f"--step={STEP}", "--show=6"])
+    sources = open_sources(recipe[1].partition("=")[2])
+    one = recipes.open_tokenizer("bpe:600", together(sources), 24)
+    settings = {"flip": 0.5, "crop_scale": (0.3, 1.0), "policy": "randaugment(2, 9)"}
     data = pipeline.TrainData(
-        open_source(str(shard)),
-        transform,
+        sources,
+        augment.TrainTransform(32, settings, background=(9, 200, 30)),
         one,
         batch_size=8,
+        shares=mixture.shares([10, 12], "equal", (0.25, 0.75)),
         seed=2,
-        start_step=3,
+        start_step=STEP,
         threads=2,
         max_bad_share=1.0,
+        templates=("a photo of {caption}", "{caption}, on a table"),
+        background=(9, 200, 30),
     )
     batch = next(data)
     data.close()
@@ -86,18 +111,34 @@ def test_page_holds_the_rows_of_training(shard, tmp_path, capsys):
     valid = batch["valid"][:6]
     assert 3 <= valid.sum() < 6, "the seed should show good rows and a bad one"
     np.testing.assert_array_equal(np.array(page.pictures), batch["pixel_values"][:6][valid])
+    assert {key.startswith("t") for key in batch["key"][:6][valid]} == {True, False}, "of both sources"
     words = " ".join(page.texts)
     for row in np.flatnonzero(valid):
         ids = batch["input_ids"][row][batch["attention_mask"][row] > 0]
         assert " ".join(one.tokens(ids)) in words
+    assert "a photo of" in words or "on a table" in words
     assert "script" not in page.tags and f"{valid.sum()} of 6" in words
     shown = capsys.readouterr().out
     assert "pixel_values" in shown and "unusable" in shown and f"wrote {out}" in shown.replace("\n", "")
 
 
+def test_the_background_and_the_text_of_a_row_are_shown(recipe, shard, tmp_path):
+    out, pages = tmp_path / "page.html", []
+    for background in ((9, 200, 30), (250, 0, 0)):
+        inspect.main([*recipe[:-1], f"--config.data.background={background}", f"--out={out}", "--show=4"])
+        pages.append(Page(out.read_text()))
+    assert any((a != b).any() for a, b in zip(pages[0].pictures, pages[1].pictures, strict=True))
+    inspect.main([recipe[0], str(shard), recipe[4], "--config.data.captions=all", f"--out={out}", "--show=8"])
+    both = {
+        f"a photo of {caption(i)} {caption(i + 50)}" for i in range(10)
+    }  # a template around two captions joined
+    assert both & set(Page(out.read_text()).texts)
+
+
 def test_reasons_and_markup(shard, tmp_path):
     out = tmp_path / "page.html"
-    inspect.main([str(shard), f"--out={out}", "--image-size=16", "--tokenizer=bpe:600", "--captions=first"])
+    keys = ["--config.model.image.image_size=32", "--config.data.captions=first"]
+    inspect.main([str(shard), f"--out={out}", *keys])
     page = Page(out.read_text())
     words = " ".join(page.texts)
     assert "truncated" in words and "no_caption" in words and words.count("masked out of the loss") == 2
@@ -105,27 +146,19 @@ def test_reasons_and_markup(shard, tmp_path):
     assert len(page.pictures) == 8
 
 
-def test_settings_of_augmentation():
-    given = ["flip=0.5", "crop_scale=(0.3, 1)", "policy=blip(2, 5)", "jitter=0.4"]
-    wanted = {"flip": 0.5, "crop_scale": (0.3, 1), "policy": "blip(2, 5)", "jitter": 0.4}
-    assert inspect.augmentation(given) == wanted
-    with pytest.raises(DataError, match="--augment=flip is not name=value"):
-        inspect.augmentation(["flip"])
-
-
-def test_mistakes_are_one_line(shard, tmp_path):
+def test_mistakes_are_one_line(shard, tmp_path, capsys):
     for arguments, words in (
         (["none.tar"], "no such data file"),
-        ([shard, "--augment=flop=1"], "did you mean 'flip'"),
-        ([shard, "--tokenizer=bpe:9"], "a number from 514 up"),
-        ([shard, "--captions=longest"], "captions='longest'"),
+        ([shard, "--config.data.augment.flop=1"], "did you mean 'flip'"),
+        ([shard, "--config.data.tokenizer=bpe:9"], "a number from 514"),
+        ([shard, "--config.data.captions=longest"], "captions='longest'"),
         ([shard, f"--out={tmp_path}"], "cannot be written"),
+        (["--config=none.py", "--config.seed=3"], "--config=none.py: no such file"),
     ):
-        command = [sys.executable, "-m", "vlmjax.data.inspect", *map(str, arguments)]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode in (1, 78) and words in done.stderr and done.stderr.count("\n") == 1, (
-            done.stderr
-        )
+        with pytest.raises(SystemExit) as ended:
+            inspect.main(list(map(str, arguments)))
+        told = capsys.readouterr().err
+        assert ended.value.code in (1, 78) and words in told and told.count("\n") == 1, told
 
 
 def test_help_is_quick_and_imports_nothing_heavy():

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from helpers import Memory, caption, encoded, memory, picture, tokenizer
 
-from vlmjax.data import augment, images, plan
+from vlmjax.data import augment, images, loader, plan
 from vlmjax.data.examples import caption_id
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.record import Record
@@ -186,7 +186,22 @@ def test_bad_records_leave_marked_rows(words, caplog):
             np.testing.assert_array_equal(batch["input_ids"][row], empty["input_ids"][0])
             assert batch["attention_mask"][row].sum() == 2
     lines = [record.getMessage() for record in caplog.records if "skipped" in record.getMessage()]
-    assert len(lines) == 3 * 6 and any("k3: truncated" in line for line in lines)
+    assert len(lines) == len(set(lines)) == 3 * 2 and any("k3: truncated" in line for line in lines)
+
+
+def test_the_log_shows_the_first_of_a_reason_then_one_line_per_interval(caplog):
+    counter = loader.SkipCounter("x.tar", 1.0)
+    for start in (0, 0, 5):
+        counter.add(50, [loader.Failure("truncated", f"k{start + i}", "cut", "x.tar") for i in range(5)])
+    counter.add(50, [loader.Failure("empty", "e", "", "x.tar")])
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split(":")[0] for line in lines] == ["skipped k0", "skipped k1", "skipped k2", "skipped e"]
+    assert "only counted" in lines[2] and "only counted" not in lines[1]
+    caplog.clear()
+    counter.report()
+    counter.report()
+    assert caplog.messages == ["skipped more: truncated 12; 16 of 200 records so far"]
+    assert counter.by_reason == {"truncated": 15, "empty": 1}
 
 
 def test_every_failure_is_a_counted_row(words):

@@ -207,7 +207,7 @@ def test_a_remote_table_with_images_beside(tmp_path):
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """A folder over HTTP, without ranges, that can fail in several ways."""
+    """A folder over HTTP, of whose files the end can be had alone, that can fail in several ways."""
 
     daemon_threads = True
 
@@ -226,6 +226,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def answer(self, body: bool) -> None:
         path = self.server.folder / self.path.lstrip("/").partition("?")[0]
+        if "Range" in self.headers:
+            self.end_of(path)
+            return
         self.server.asked.append((self.command, path.name))
         trouble = self.server.trouble.pop(0) if body and self.server.trouble else None
         if trouble in (503, 403):
@@ -241,6 +244,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             self.wfile.write(data[: len(data) // 2] if trouble == "cut" else data)
+
+    def end_of(self, path) -> None:
+        self.server.asked.append(("END", path.name))
+        data = path.read_bytes()[-int(self.headers["Range"].removeprefix("bytes=-")) :]
+        self.send_response(206)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
 
     def log_message(self, *arguments) -> None:
         pass

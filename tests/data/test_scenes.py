@@ -370,7 +370,7 @@ def test_mistakes_are_named(make, message):
 
 
 def test_command_shows_a_scene(tmp_path, capsys):
-    main(["--show", str(tmp_path / "one.png"), "--index", "3", "--image-size", "96"])
+    main(["--show", str(tmp_path / "one.png"), "--index", "3", "--image_size", "96"])
     known = json.loads(capsys.readouterr().out)
     assert known["captions"] == list(scene(0, 3, style="full").captions)
     assert len(known["objects"]) == len(scene(0, 3, style="full").objects)

@@ -342,6 +342,10 @@ def test_pipes_are_no_data(tmp_path):
     os.mkfifo(tmp_path / "x.tar")
     with pytest.raises(DataError, match="is a pipe or a device"):
         open_source(str(tmp_path / "x.tar"))
+    shard(tmp_path / "y.tar", 0, 2)
+    os.mkfifo(tmp_path / "y.tar.index")
+    with pytest.raises(DataError, match="y.tar.index is a pipe or a device"):
+        open_source(str(tmp_path / "y.tar"))
     os.mkfifo(tmp_path / "a.jpg")
     (tmp_path / "t.jsonl").write_text('{"image": "a.jpg", "caption": "a cat"}\n')
     with pytest.raises(BadRecord) as caught:

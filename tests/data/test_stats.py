@@ -14,6 +14,7 @@ from helpers import encoded, picture, tokenizer, write_tar
 from PIL import Image
 
 from vlmjax.data import hashes, stats, tally
+from vlmjax.data.pictures.signatures import format_of
 from vlmjax.data.record import Record
 from vlmjax.errors import BadRecord
 
@@ -59,7 +60,7 @@ def run(*arguments, **options) -> subprocess.CompletedProcess:
 def test_figures_of_a_shard(shard, tmp_path, capsys):
     tokenizer(tmp_path / "tokenizer")
     out = tmp_path / "new" / "stats.json"
-    arguments = [str(shard), f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer'}", "--max-length=4"]
+    arguments = [str(shard), f"--out={out}", f"--tokenizer={tmp_path / 'tokenizer'}", "--max_length=4"]
     stats.main([*arguments, "--threads=3"])
     found = json.loads(out.read_text())
     assert (found["records"], found["of"], found["readable"]) == (12, 12, 11)
@@ -103,7 +104,7 @@ def test_mistakes_are_one_line(tmp_path, shard):
     for arguments, words in (
         ([tmp_path / "none.tar"], "no such data file"),
         ([shard, f"--out={shard}/x.json"], "cannot be written"),
-        ([shard, "--max-length=3"], "name a --tokenizer"),
+        ([shard, "--max_length=3"], "name a --tokenizer"),
     ):
         done = run(*arguments)
         assert done.returncode == 1 and words in done.stderr and done.stderr.count("\n") == 1, done.stderr
@@ -184,8 +185,8 @@ def test_formats_by_their_first_bytes():
     pixels = picture(0)
     for kind, name in (("PNG", "png"), ("JPEG", "jpeg"), ("GIF", "gif"), ("WEBP", "webp"), ("BMP", "bmp"),
                        ("TIFF", "tiff"), ("AVIF", "avif"), ("JPEG2000", "jpeg 2000"), ("PPM", "other")):  # fmt: skip
-        assert tally.format_of(encoded(pixels, kind)) == name
-    assert tally.format_of(pixels) == "pixels" and tally.format_of(b"") == "other"
+        assert format_of(encoded(pixels, kind)) == name
+    assert format_of(b"") == "other"
 
 
 def test_look_survives_what_changes_no_picture():

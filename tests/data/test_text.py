@@ -235,3 +235,18 @@ def test_trained_folder_without_tokenizer_json(small, tmp_path):
         shutil.copy(small[0] / name, tmp_path)
     one = text.load(tmp_path, 10)
     np.testing.assert_array_equal(one(SENTENCES)["input_ids"], small[1](SENTENCES)["input_ids"])
+
+
+def test_a_caption_of_a_megabyte_is_cut_before_it_is_encoded(tmp_path, monkeypatch):
+    words, seen = tokenizer(tmp_path), []
+    real = words._encoder
+    monkeypatch.setattr(words, "_encoder", lambda texts: seen.extend(map(len, texts)) or real(texts))
+    most = 256 * words.max_length
+    huge, before = "red green " * 100_000, words.truncated
+    got = words([huge, "red", "red" + " " * most])
+    assert seen == [most, 3, most] and words.truncated == before + 2
+    assert got["input_ids"].tolist() == words(["red green " * 50, "red", "red"])["input_ids"].tolist()
+    monkeypatch.setattr(words, "_cut_left", True)
+    seen.clear()
+    assert words.encode("blue " * 100_000 + "red green")[-3:-1] == words.encode("red green")[1:-1]
+    assert seen[0] == most

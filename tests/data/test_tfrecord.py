@@ -4,10 +4,11 @@ import gzip
 import pickle
 import struct
 
+import numpy as np
 import pytest
 from helpers import caption, encoded, picture
 
-from vlmjax.data.formats import tfexample, tfrecord
+from vlmjax.data.formats import crc, tfexample
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 
@@ -85,8 +86,12 @@ def rows(count: int) -> list[bytes]:
 
 def test_the_checksum_is_castagnoli():
     assert crc32c(b"123456789") == 0xE3069283  # the check value of the catalogue of CRC algorithms
-    for data in (b"", b"123456789", bytes(range(256))):
-        assert tfrecord.masked_crc(data) == masked(data)
+    noise = np.random.default_rng(0).integers(0, 256, 140_000).astype(np.uint8).tobytes()
+    for size in (0, 9, 64, 65, 67, 1023, 1024, 1025, 3000):
+        assert crc.crc32c(noise[:size]) == crc32c(noise[:size]) and crc.masked(noise[:size]) == masked(
+            noise[:size]
+        )
+    assert crc.crc32c(noise) == crc._byte_by_byte(noise)  # of more blocks than are summed at once
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -157,5 +162,19 @@ def test_damage(tmp_path, caplog):
         with pytest.raises(DataError, match="not a TFRecord file|hold no record"):
             open_source(str(tmp_path / f"{name}.tfrecord"))
     (tmp_path / "other.tfrecord").write_bytes(frame(b"\xff\xff"))
-    with pytest.raises(DataError, match="first record cannot be read"):
+    with pytest.raises(DataError, match="first records cannot be read"):
         open_source(str(tmp_path / "other.tfrecord"))
+
+
+def test_a_byte_that_changed_is_a_bad_record_of_its_own_kind(tmp_path):
+    frames = [bytearray(frame(row)) for row in rows(4)]
+    picture_at = frames[0].index(b"\x89PNG") + 60  # inside the pixels: still a PNG, still an Example
+    for i in (0, 2):
+        frames[i][picture_at] ^= 1
+    frames[3][-1] ^= 1
+    (tmp_path / "x.tfrecord").write_bytes(b"".join(frames))
+    source = open_source(str(tmp_path / "x.tfrecord"))
+    assert source[1].captions == (caption(1),)
+    for i in (0, 2, 3):
+        with pytest.raises(BadRecord, match=f"x.tfrecord:{i}: bad_checksum"):
+            source[i]

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -95,6 +96,23 @@ def test_failures_of_a_process_are_counted_by_reason_and_source(words):
     assert data.work()["seconds"] > 0 and data.work()["batches"] == 0
 
 
+@pytest.mark.parametrize("processes", [0, 1])
+def test_batches_that_wait_are_counted(words, processes, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    data = _data(words, processes=processes, threads=1)
+    assert "queue" not in data.work()
+    for _ in range(3):
+        next(data)
+    _until(lambda: data.work()["queue"] >= 2)
+    most = data.work()["queue"]
+    for _ in range(int(most) + 1):
+        next(data)  # as many as waited at least: the count goes on from what is left
+    _until(lambda: data.work()["queue"] >= 2)
+    assert data.work()["queue"] <= 8
+    data.close()
+    assert "queue" not in data.work() and not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_a_killed_worker_is_an_error_that_says_so(words):
     data = _data(words, processes=2)
@@ -126,14 +144,19 @@ if __name__ == "__main__":
 
 @pytest.mark.slow
 @pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="shared memory has no folder here")
-def test_a_killed_trainer_leaves_no_shared_memory(tmp_path):
+@pytest.mark.parametrize("ended", ["killed", "hung up"])
+def test_a_trainer_that_ends_at_once_leaves_no_shared_memory(tmp_path, ended):
     script = tmp_path / "program.py"
     script.write_text(PROGRAM)
     tests = Path(__file__).parent
     env = {**os.environ, "PYTHONPATH": f"{tests}:{tests.parent.parent}"}
     before = _segments()
     child = subprocess.Popen(
-        [sys.executable, str(script), str(tmp_path / "words")], env=env, stdout=subprocess.PIPE, text=True
+        [sys.executable, str(script), str(tmp_path / "words")],
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     with child:
         assert child.stdout.readline() == "ready\n"
@@ -143,7 +166,10 @@ def test_a_killed_trainer_leaves_no_shared_memory(tmp_path):
             # Other tests may run beside this one: what a process of ours has mapped is ours.
             mine = set().union(*map(_mapped, (child.pid, *workers))) & _segments()
         finally:
-            child.kill()
+            if ended == "killed":
+                child.kill()
+            else:
+                os.killpg(child.pid, signal.SIGHUP)
     assert workers and mine
     _until(lambda: not _segments() & mine)
     _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))

@@ -1,23 +1,8 @@
 """What a run reports of its data."""
 
-import dataclasses
-from collections import Counter
-
+from vlmjax.data.loader import Failure, SkipCounter
 from vlmjax.data.mixture import Part
 from vlmjax.training import data_metrics
-
-
-@dataclasses.dataclass
-class Skips:
-    """What `data_row` reads of a SkipCounter."""
-
-    by_reason: Counter
-    by_source: Counter
-
-    @property
-    def skipped(self) -> int:
-        """All."""
-        return self.by_reason.total()
 
 
 class Data:
@@ -29,7 +14,9 @@ class Data:
         """So many sources, of which the second has bad records."""
         parts = tuple(Part(f"s{i}", f"f{i}", 10, 1 / sources, i) for i in range(sources))
         self.mixture = type("Mixture", (), {"parts": parts})
-        self.skips = Skips(Counter(truncated=2, empty=1), Counter(s1=3))
+        self.skips = SkipCounter("s", 1.0)
+        bad = [Failure(reason, "k", "", "s1") for reason in ("truncated", "truncated", "empty")]
+        self.skips.add(8, bad)
         self._batches = batches
 
     def work(self) -> dict:
@@ -37,9 +24,10 @@ class Data:
         return {"batches": self._batches, "seconds": 0.4, "bytes": 6_000_000, "truncated": 10, "queue": 1.5}
 
 
-def test_rates_are_of_the_interval(monkeypatch):
+def test_rates_are_of_the_interval(monkeypatch, caplog):
     monkeypatch.setattr(data_metrics, "TrainData", Data)
     row = data_metrics.data_row.__wrapped__(Data(1), 3.0)
+    assert caplog.messages[-1] == "skipped more: truncated 1; 3 of 8 records so far"  # the same record again
     assert row == {
         "skipped": 3, "skipped/truncated": 2, "skipped/empty": 1, "data/decode_ms": 10.0,
         "data/megabytes_per_second": 2.0, "data/truncated_share": 0.25, "data/queue": 1.5,

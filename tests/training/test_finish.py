@@ -6,6 +6,7 @@ import pytest
 from training import tiny
 
 from vlmjax import config
+from vlmjax.data import recipe as recipes
 from vlmjax.data.formats import folder
 from vlmjax.data.scenes import open_scenes
 from vlmjax.errors import BadRecord
@@ -31,7 +32,7 @@ class Damaged(folder.Subset):
 )
 def test_pairs_of_a_batch_are_compared_where_nothing_else_is(tmp_path, monkeypatch, evals):
     """Cosines of images and captions of the batch given, matching ones on the diagonal, unreadable ones left out."""
-    monkeypatch.setattr(build, "BPE_CAPTIONS", 100)
+    monkeypatch.setattr(recipes, "BPE_CAPTIONS", 100)
     recipe = config.validate(tiny.recipe(evals=config.Config(evals)))
     workdir, mesh = Workdir(str(tmp_path)), make_mesh()
     source = open_scenes("scenes", seed=0, image_size=16)

@@ -5,14 +5,13 @@ import json
 import os
 import resource
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from vlmjax.errors import UserError
 
-_MOST = {"image_size": 4096, "length": 100_000, "batch_size": 100_000, "steps": 1_000_000}
+_MOST = {"image_size": 4096, "max_length": 100_000, "batch_size": 100_000, "steps": 1_000_000}
 SETTLE = 2  # batches before the clock starts: threads, caches and the first decoding are set up
 
 
@@ -21,7 +20,7 @@ def measure(
     *,
     tokenizer: str,
     image_size: int = 224,
-    length: int = 77,
+    max_length: int = 77,
     batch_size: int = 256,
     steps: int = 20,
     threads: int | None = None,
@@ -33,7 +32,7 @@ def measure(
     Args:
         spec: the data, as in data.train.
         tokenizer: a folder, a hub id, or "bpe:N" to learn one of N tokens from these captions first.
-        image_size, length: pixels of a side, tokens of a text.
+        image_size, max_length: pixels of a side, tokens of a text.
         batch_size, steps: what is measured.
         threads, processes: as data.threads and data.processes.
         crop: random crops keep at least this share of an image.
@@ -46,10 +45,11 @@ def measure(
     from vlmjax.data import images
     from vlmjax.data.augment import TrainTransform
     from vlmjax.data.pipeline import TrainData
+    from vlmjax.data.recipe import open_tokenizer
     from vlmjax.data.sources import open_source
 
     source = open_source(spec)
-    words = _tokenizer(tokenizer, source, length)
+    words = open_tokenizer(tokenizer, source, max_length)
     transform = TrainTransform(image_size, {"crop_scale": (crop, 1.0)})
     options = {"threads": threads, "processes": processes, "max_bad_share": 1.0}
     begin = time.perf_counter()
@@ -86,18 +86,6 @@ def _cpu() -> float:
     return times.user + times.system
 
 
-def _tokenizer(name: str, source: Any, length: int) -> Any:
-    from vlmjax.data import bpe, text
-    from vlmjax.data.sources import captions_of
-
-    if not name.startswith("bpe:"):
-        return text.load(name, length)
-    captions = (caption for i in range(min(2000, len(source))) for caption in captions_of(source, i))
-    with tempfile.TemporaryDirectory() as folder:
-        bpe.train_bpe(captions, int(name.removeprefix("bpe:")), folder, model_max_length=length)
-        return text.load(folder, length)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m vlmjax.data.bench", description="Time the input pipeline."
@@ -106,9 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", default="bpe:1024", help="folder, hub id or bpe:N (default: %(default)s)"
     )
-    parser.add_argument("--image-size", type=int, default=224)
-    parser.add_argument("--length", type=int, default=77, help="tokens of a text (default: %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--image_size", type=int, default=224)
+    parser.add_argument("--max_length", type=int, default=77, help="tokens of a text (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=256)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--threads", type=int, help="default: one per core")
     parser.add_argument("--processes", type=int, default=0)
@@ -124,17 +112,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = _parser()
     given = vars(parser.parse_args(argv))
     out = given.pop("out")
-    for name in ("image_size", "length", "batch_size", "steps"):
+    for name in ("image_size", "max_length", "batch_size", "steps"):
         if not 1 <= given[name] <= _MOST[name]:
-            parser.error(f"--{name.replace('_', '-')}={given[name]}: expected 1 to {_MOST[name]}")
+            parser.error(f"--{name}={given[name]}: expected 1 to {_MOST[name]}")
     for name in ("threads", "processes"):
         if given[name] is not None and not 0 <= given[name] <= 256:
             parser.error(f"--{name}={given[name]}: expected 0 to 256")
     if not 0 < given["crop"] <= 1:
         parser.error(f"--crop={given['crop']}: expected above 0, at most 1")
-    size = given["tokenizer"].removeprefix("bpe:")
-    if size != given["tokenizer"] and not (size.isdigit() and int(size) >= 514):
-        parser.error(f"--tokenizer={given['tokenizer']}: expected 'bpe:' and a number from 514")
     if out and not os.path.isdir(os.path.dirname(os.path.abspath(out))):
         parser.error(f"--out={out}: its folder does not exist")
     try:

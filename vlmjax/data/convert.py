@@ -3,16 +3,12 @@
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import dataclasses
-import errno
 import functools
 import json
 import os
-import socket
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -21,6 +17,7 @@ from vlmjax.data import images, plan
 from vlmjax.data.formats import tar_writer
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, open_source
+from vlmjax.data.storage import making
 from vlmjax.errors import BadRecord, DataError, UserError
 
 FORMATS = {"tar": ".tar", "array_record": ".array_record"}
@@ -73,19 +70,19 @@ class Job:
         The shard appears under its name when it is whole, and its counts beside it after that.
         """
         counts_at = self.name(shard) + ".json"
-        done = _read(counts_at)
+        done = making.read(counts_at)
         known = _counts(done)
-        if known is not None and _exists(self.name(shard)):
+        if known is not None and making.exists(self.name(shard)):
             return known
         source, counts = _source(self.spec, self.exclude), collections.Counter()
-        with _in_the_making(self.name(shard)) as made, _writer(self.format, made) as out:
+        with making.in_the_making(self.name(shard)) as made, _writer(self.format, made) as out:
             for index in self.indices(shard).tolist():
                 try:
                     out.write(self._prepared(source[index]))
                     counts["written"] += 1
                 except BadRecord as error:
                     counts[error.reason] += 1
-        _put(counts_at, json.dumps(dict(counts)).encode())
+        making.put(counts_at, json.dumps(dict(counts)).encode())
         return dict(counts)
 
     def _prepared(self, record: Record) -> Record:
@@ -118,30 +115,6 @@ def _writer(format_: str, path: str) -> Any:
     return Writer(path)
 
 
-def _filesystem(path: str) -> tuple[Any, str]:
-    """The fsspec file system of a path and the path in it. Raises DataError where there is no driver for it."""
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(path)
-    except (ImportError, ValueError) as error:
-        scheme = path.split("://")[0]
-        raise DataError(f"cannot write to {path}: no driver for {scheme}:// ({error})") from error
-
-
-def _exists(path: str) -> bool:
-    filesystem, inner = _filesystem(path)
-    return filesystem.exists(inner)
-
-
-def _read(path: str) -> bytes | None:
-    filesystem, inner = _filesystem(path)
-    try:
-        return filesystem.cat_file(inner)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-
-
 def _counts(data: bytes | None) -> dict[str, int] | None:
     """The counts beside a shard; None where there are none, or damaged ones: the shard is then written anew."""
     try:
@@ -150,45 +123,6 @@ def _counts(data: bytes | None) -> dict[str, int] | None:
         return None
     whole = isinstance(counts, dict) and all(isinstance(count, int) for count in counts.values())
     return counts if whole else None
-
-
-@contextlib.contextmanager
-def _in_the_making(target: str) -> Iterator[str]:
-    """A local path to write to, which becomes the target in one step: renamed or, where that is elsewhere, uploaded.
-
-    Raises:
-        DataError: it cannot be written, as on a full disk.
-    """
-    filesystem, inner = _filesystem(target)
-    local, made = "file" in filesystem.protocol, ""
-    try:
-        filesystem.makedirs(os.path.dirname(inner), exist_ok=True)
-        # Beside the target: a rename must not cross disks, and the temporary folder may be too small for a shard.
-        made = f"{inner}.{socket.gethostname()}-{os.getpid()}.part" if local else _temporary()
-        yield made
-        if local:
-            os.replace(made, inner)
-        else:
-            filesystem.put_file(made, inner)
-    except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        where = f"the disk of {os.path.dirname(made)} is full" if full else str(error)
-        hint = "; name another folder for temporary files with TMPDIR" if full and not local else ""
-        raise DataError(f"cannot write {target}: {where}{hint}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            os.unlink(made)
-
-
-def _temporary() -> str:
-    descriptor, path = tempfile.mkstemp(prefix="vlmjax-convert-")
-    os.close(descriptor)
-    return path
-
-
-def _put(path: str, data: bytes) -> None:
-    with _in_the_making(path) as made, open(made, "wb") as out:
-        out.write(data)
 
 
 def convert(job: Job, workers: int = 0, beam: Sequence[str] | None = None) -> dict[str, int]:
@@ -204,7 +138,7 @@ def convert(job: Job, workers: int = 0, beam: Sequence[str] | None = None) -> di
     """
     source = _source(job.spec, job.exclude)
     manifest = dataclasses.asdict(job) | {"out": "", "spec": source.fingerprint}
-    there = _read(f"{job.out.rstrip('/')}/{_MANIFEST}")
+    there = making.read(f"{job.out.rstrip('/')}/{_MANIFEST}")
     try:
         known = manifest if there is None else json.loads(there)
     except ValueError as error:
@@ -215,7 +149,8 @@ def convert(job: Job, workers: int = 0, beam: Sequence[str] | None = None) -> di
         raise DataError(
             f"{job.out} holds a conversion of other data or with other options ({_MANIFEST}): name another folder"
         )
-    _put(f"{job.out.rstrip('/')}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
+    making.put(f"{job.out.rstrip('/')}/{_MANIFEST}", json.dumps(manifest, indent=1).encode())
+    making.sweep(job.out, "data-")
     shards = range(job.shards())
     if beam is not None:
         return _on_beam(job, shards, beam)
@@ -224,13 +159,21 @@ def convert(job: Job, workers: int = 0, beam: Sequence[str] | None = None) -> di
         try:
             for done, counts in enumerate(pool.map(job.write, shards), 1):
                 total.update(counts)
-                print(f"\r{done} of {len(shards)} shards, {total['written']:,} records", end="", flush=True)
+                _tell(done, len(shards), total["written"])
         except BaseException:
+            if sys.stdout.isatty():
+                print()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-        finally:
-            print()
     return dict(total)
+
+
+def _tell(done: int, shards: int, records: int) -> None:
+    """How far it is: one line that is written over on a terminal, a line for each tenth elsewhere."""
+    shown, last = sys.stdout.isatty(), done == shards
+    if shown or last or done * 10 // shards > (done - 1) * 10 // shards:
+        text = f"{done} of {shards} shards, {records:,} records"
+        print(f"\r{text}" if shown else text, end="" if shown and not last else "\n", flush=True)
 
 
 def _on_beam(job: Job, shards: Sequence[int], options: Sequence[str]) -> dict[str, int]:
@@ -245,7 +188,7 @@ def _on_beam(job: Job, shards: Sequence[int], options: Sequence[str]) -> dict[st
         _ = numbers | apache_beam.Map(job.write)
     total = collections.Counter()
     for shard in shards:
-        total.update(_counts(_read(job.name(shard) + ".json")) or {})
+        total.update(_counts(making.read(job.name(shard) + ".json")) or {})
     return dict(total)
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from vlmjax.data import images, loader, plan
 from vlmjax.data.captions import CaptionRule, Text
 from vlmjax.data.loader import Batch, Done, Failure
+from vlmjax.data.record import Record
 from vlmjax.data.sources import Source
 from vlmjax.data.text import Tokenizer
 
@@ -93,7 +94,14 @@ class Examples:
         """Pixels, caption, key and bytes read of one example at one position of the run."""
         pixels, record, size = self._pixels(self.source, index)
         rng = self._generators.at(position)
+        text = self._text(record, rng)
+        return self._transform(pixels, rng), text, record.key, size
+
+    def text(self, record: Record, position: int) -> Text:
+        """Caption and text of a record at one position of the run. Raises BadRecord."""
+        return self._text(record, self._generators.at(position))
+
+    def _text(self, record: Record, rng: np.random.Generator) -> Text:
         caption, text = self._rule(record.captions, rng, record.extra)
         # A field that a template names may hold half a surrogate pair, which no tokenizer takes.
-        text = Text(caption, text.encode("utf-8", "replace").decode())
-        return self._transform(pixels, rng), text, record.key, size
+        return Text(caption, text.encode("utf-8", "replace").decode())

@@ -1,14 +1,14 @@
-"""`python -m vlmjax.data.inspect shards-*.tar --out=page.html`: the examples of one step, as the train step sees them.
+"""`python -m vlmjax.data.inspect --config=configs/x.py --out=page.html`: examples of one step, as the step sees them.
 
-Order, caption, crop, colours and tokens come from the pipeline of training itself, so with a run's data, seed, batch
-size, image size, augmentation and tokenizer the page shows that run's rows. Only the rows shown are read.
+Sources, mixture, order, captions, templates, crops, colours and tokens come from the recipe through the pipeline of
+training itself, so with a run's own --config and --config.key=value the page shows that run's rows. Without --config
+the recipe is vlmjax/config.py's defaults with the tokenizer bpe:1000. Only the rows shown are read.
 """
 
 import argparse
-import ast
 import logging
 import sys
-import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 from vlmjax.errors import DataError, UserError
@@ -18,43 +18,19 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     about, _, more = __doc__.partition("\n\n")
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("python -m vlmjax.data.inspect", None, about, more, formatter_class=form)
+    parser = argparse.ArgumentParser(
+        "python -m vlmjax.data.inspect", None, about, more, formatter_class=form, allow_abbrev=False
+    )
     add = parser.add_argument
-    add("data", nargs="+", help="shards, tables, folders, scenes: what a recipe has as data.train")
+    add("data", nargs="*", help="instead of the recipe's data.train: shards, tables, folders, scenes")
+    add(
+        "--config",
+        metavar="FILE",
+        help="recipe, e.g. configs/clip_vitl.py:tiny; --config.key=value sets its keys",
+    )
     add("--out", metavar="FILE", help="write a page with the pictures (html, nothing beside it is needed)")
     add("--show", type=_count, default=16, metavar="N", help="rows, from the first of the batch (16)")
     add("--step", type=_step, default=0, metavar="N", help="of training (0)")
-    add("--seed", type=int, default=0, metavar="N", help="of order, captions and augmentation (0)")
-    add(
-        "--batch-size",
-        type=_count,
-        default=256,
-        metavar="N",
-        help="of the global batch (256, or all there is)",
-    )
-    add("--image-size", type=_count, default=224, metavar="N", help="pixels of a side (224)")
-    add(
-        "--tokenizer",
-        default="bpe:1000",
-        metavar="NAME",
-        help="folder or hub id; bpe:N learns one from the data (bpe:1000)",
-    )
-    add("--max-length", type=_count, default=77, metavar="N", help="tokens of a text (77)")
-    add(
-        "--augment",
-        action="append",
-        default=[],
-        metavar="NAME=VALUE",
-        help="flip=0.5, 'crop_scale=(0.4, 1.0)', 'policy=randaugment(2, 9)'; see vlmjax/data/augment.py",
-    )
-    add(
-        "--captions",
-        default="random",
-        metavar="RULE",
-        help="which of several: random, first, all, weights:3,1",
-    )
-    add("--mix", default="size", metavar="RULE", help="of several sources: size, sqrt or equal")
-    add("--exclude", metavar="REGEX", help="leave out records whose key matches")
     return parser
 
 
@@ -72,80 +48,61 @@ def _step(value: str) -> int:
     return number
 
 
-def augmentation(settings: list[str]) -> dict[str, Any]:
-    """`["flip=0.5"]` as the dictionary of a recipe. Raises DataError."""
-    out = {}
-    for setting in settings:
-        name, equals, value = setting.partition("=")
-        if not equals:
-            raise DataError(f"--augment={setting} is not name=value, such as flip=0.5")
-        try:
-            out[name.strip()] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            out[name.strip()] = value  # a policy is a string
-    return out
+def _default() -> Any:
+    from vlmjax import config
+
+    recipe = config.recipe()
+    recipe.total, recipe.data.tokenizer = config.duration(steps=1), "bpe:1000"
+    return recipe
 
 
-def make_tokenizer(name: str, source: Any, max_length: int) -> Any:
-    """What a recipe's data.tokenizer names; "bpe:N" is learned from up to 20,000 captions, as training does."""
-    from vlmjax.data import bpe, text
-    from vlmjax.data.sources import captions_of
-    from vlmjax.errors import BadRecord
+def read_recipe(options: argparse.Namespace, keys: Sequence[str]) -> Any:
+    """The recipe that the command line means. Raises RecipeError."""
+    from vlmjax import command_line
 
-    if not name.startswith("bpe:"):
-        return text.load(name, max_length)
-    if not name[4:].isdigit() or int(name[4:]) < 514:
-        raise DataError(f"--tokenizer={name}: a number from 514 up stands behind bpe:")
-
-    def captions() -> Any:
-        for i in range(0, len(source), max(1, len(source) // 20_000)):
-            try:
-                yield from captions_of(source, i)
-            except BadRecord:  # the batch will tell
-                continue
-
-    with tempfile.TemporaryDirectory() as folder:
-        bpe.train_bpe(captions(), int(name[4:]), folder)
-        return text.load(folder, max_length)
+    given = [f"--config={options.config}"] if options.config else []
+    data = [f"--config.data.train={','.join(map(str, options.data))}"] if options.data else []
+    return command_line.read([*given, *keys, *data], _default)
 
 
-def run(options: argparse.Namespace) -> int:
+def run(options: argparse.Namespace, keys: Sequence[str] = ()) -> int:
     """Make the batch, print it, write the page. Returns how many of the rows cannot be used."""
-    from vlmjax.data import augment, mixture, page, pipeline
-    from vlmjax.data.sources import open_sources, together
+    recipe = read_recipe(options, keys)
 
-    transform = augment.TrainTransform(options.image_size, augmentation(options.augment))
-    sources = open_sources(
-        options.data, seed=options.seed, image_size=options.image_size, exclude=options.exclude
-    )
-    source = together(sources)
-    tokenizer = make_tokenizer(options.tokenizer, source, options.max_length)
-    batch_size = min(options.batch_size, len(source))
-    data = pipeline.TrainData(
+    from vlmjax.data import page
+    from vlmjax.data.recipe import naming, open_tokenizer, open_train_sources, tokenizer_name, train_data
+    from vlmjax.data.sources import together
+
+    sources, shares = open_train_sources(recipe)
+    source, name = together(sources), tokenizer_name(recipe)
+    with naming("data.tokenizer"):
+        tokenizer = open_tokenizer(name, source, recipe.model.text.max_length)
+    batch_size = recipe.batch_size if options.config else min(recipe.batch_size, len(source))
+    data = train_data(
+        recipe,
         sources,
-        transform,
+        shares,
         tokenizer,
+        recipe.model.image.image_size,
         batch_size=batch_size,
-        shares=mixture.shares([len(one) for one in sources], options.mix),
         rows=range(min(options.show, batch_size)),
-        seed=options.seed,
         start_step=options.step,
         threads=0,
+        processes=0,
         max_bad_share=1.0,
-        captions=options.captions,
     )
     batch = next(data)
     data.close()
-    rows = page.explain(batch, source, data.indices(options.step), tokenizer)
+    rows = page.explain(batch, data, options.step, tokenizer)
     facts = {
+        "recipe": options.config or "the defaults of vlmjax/config.py",
+        "keys": " ".join(keys) or "as they are",
         "data": source.name,
         "records": f"{len(source):,}",
         "step": options.step,
-        "seed": options.seed,
+        "seed": recipe.seed,
         "batch size": batch_size,
-        "tokenizer": options.tokenizer,
-        "captions": options.captions,
-        "augmentation": ", ".join(options.augment) or "the defaults of vlmjax/data/augment.py",
+        "tokenizer": name,
     }
     page.show(rows, batch, facts)
     if options.out:
@@ -160,12 +117,15 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run; user errors end as one line and a documented exit code."""
-    options = make_parser().parse_args(arguments)
+    given = sys.argv[1:] if arguments is None else arguments
+    # Apart, since argparse takes what has a space in it for no option.
+    keys = [argument for argument in given if argument.startswith("--config.")]
+    options = make_parser().parse_args([argument for argument in given if argument not in keys])
     skips = logging.getLogger("vlmjax.data.loader")
     before = skips.level
     skips.setLevel(logging.ERROR)  # the rows say what was skipped
     try:
-        run(options)
+        run(options, keys)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.exit_code)

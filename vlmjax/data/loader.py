@@ -3,9 +3,6 @@
 import dataclasses
 import logging
 import math
-import multiprocessing
-import multiprocessing.connection
-import os
 import pickle
 import threading
 from collections import Counter
@@ -14,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmjax.data import images, plan
+from vlmjax.data import images, plan, workers
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, key_of
 from vlmjax.errors import BadRecord, DataError
@@ -23,6 +20,7 @@ Batch = dict[str, np.ndarray]
 
 _log = logging.getLogger(__name__)
 _MIN_SEEN = 400  # records before a share of bad ones means anything
+_SHOWN = 3  # records of a reason that are logged by their keys
 _ALL_BAD = 8  # records that say by themselves that nothing in the data can be used
 
 
@@ -51,6 +49,8 @@ class SkipCounter:
         """
         self.name, self.max_share = name, max_share
         self.seen, self.by_reason, self.by_source = 0, Counter(), Counter()
+        self._shown: dict[str, set[str]] = {}
+        self._unshown: Counter[str] = Counter()
 
     @property
     def skipped(self) -> int:
@@ -63,7 +63,7 @@ class SkipCounter:
         for failure in failures:
             self.by_reason[failure.reason] += 1
             self.by_source[failure.source or self.name] += 1
-            self._report(failure, self.by_reason[failure.reason])
+            self._show(failure)
         allowed = self.max_share * self.seen
         # Three standard deviations of a count about `allowed`: good data must not stop on a bad day.
         too_many = self.seen >= _MIN_SEEN and self.skipped > allowed + 3 * math.sqrt(allowed)
@@ -79,11 +79,23 @@ class SkipCounter:
         """'truncated 12, no_caption 3': for messages and reports."""
         return ", ".join(f"{reason} {count}" for reason, count in self.by_reason.most_common())
 
-    def _report(self, failure: Failure, count: int) -> None:
-        """Log the first five of a reason, then the 8th, 16th, 32nd, ..."""
-        if count <= 5 or count & (count - 1) == 0:
-            where = f"number {count} of this reason in {failure.source or self.name}"
-            _log.warning("skipped %s: %s (%s), %s", failure.key, failure.reason, failure.detail, where)
+    def _show(self, failure: Failure) -> None:
+        """Log a record of its own, the first few of each reason; the others wait for `report`."""
+        shown = self._shown.setdefault(failure.reason, set())
+        if len(shown) >= _SHOWN or failure.key in shown:
+            self._unshown[failure.reason] += 1
+            return
+        shown.add(failure.key)
+        rest = "; more of this reason are only counted" if len(shown) == _SHOWN else ""
+        where = failure.source or self.name
+        _log.warning("skipped %s: %s (%s), in %s%s", failure.key, failure.reason, failure.detail, where, rest)
+
+    def report(self) -> None:
+        """Log in one line how many more were skipped since the last report; called once per logging interval."""
+        if self._unshown:
+            more = ", ".join(f"{reason} {count}" for reason, count in self._unshown.most_common())
+            _log.warning("skipped more: %s; %d of %d records so far", more, self.skipped, self.seen)
+            self._unshown.clear()
 
 
 class Pixels:
@@ -177,11 +189,7 @@ class _Buffers:
 
 
 class Batches:
-    """The batches of a plan in order, worked on ahead of their turn: an iterator of (step, batch, Done).
-
-    Attributes:
-        finished, taken: chunks done and chunks given out; their difference waits. Processes do not tell.
-    """
+    """The batches of a plan in order, worked on ahead of their turn: an iterator of (step, batch, Done)."""
 
     def __init__(
         self,
@@ -200,10 +208,12 @@ class Batches:
             threads: that work; 0 for the caller's own.
             processes: that work instead, each with its part of the threads; `make` and `work` are pickled.
         """
-        self.finished = self.taken = 0
+        self._finished = self._taken = 0  # chunks, or in processes whole batches
         self._lock = threading.Lock()
+        self._elsewhere: workers.Finished | None = None
         steps = self._in_processes if processes else self._in_threads
         self._steps = steps(chunks, make, work, threads, processes)
+        self._per_batch = 1 if processes else chunks.chunks_per_batch
 
     def __iter__(self) -> "Batches":
         """Itself."""
@@ -212,6 +222,12 @@ class Batches:
     def __next__(self) -> tuple[int, Batch, Done]:
         """The next batch in order."""
         return next(self._steps)
+
+    def waiting(self) -> float:
+        """How many batches are done and not yet taken."""
+        if self._elsewhere is not None:
+            self._finished = self._elsewhere.total()
+        return max(0, self._finished - self._taken) / self._per_batch
 
     def close(self) -> None:
         """Stop working ahead."""
@@ -227,7 +243,7 @@ class Batches:
             rows = slice(chunk.start, chunk.start + len(chunk.indices))
             done = work(chunk, {name: value[rows] for name, value in batch.items()})
             with self._lock:
-                self.finished += 1
+                self._finished += 1
             return chunk.step, done
 
         ahead = 2 * per_batch + threads if threads else 0
@@ -236,7 +252,7 @@ class Batches:
         parts: list[Done] = []
         try:
             for step, done in results:
-                self.taken += 1
+                self._taken += 1
                 parts.append(done)
                 if len(parts) == per_batch:
                     yield step, buffers.take(step), _sum(parts)
@@ -252,10 +268,12 @@ class Batches:
             flags.FLAGS.mark_as_parsed()  # grain reads its flags, which a notebook never parses
         whole = dataclasses.replace(chunks, chunk=len(chunks.rows))
         each = max(1, threads // processes)
-        dataset = grain.MapDataset.source(whole).map(_WholeBatch(make, work))
+        workers.start_tracker()
+        self._elsewhere = finished = workers.Finished(processes)
+        dataset = grain.MapDataset.source(whole).map(workers.WholeBatch(make, work, finished.path))
         dataset = dataset.to_iter_dataset(grain.ReadOptions(each, 2 * each))
         options = grain.MultiprocessingOptions(processes, per_worker_buffer_size=2)
-        results = iter(dataset.mp_prefetch(options, worker_init_fn=_init_worker))
+        results = iter(dataset.mp_prefetch(options, worker_init_fn=workers.init))
         try:
             while True:
                 try:
@@ -268,39 +286,12 @@ class Batches:
                 step, keys, done = pickle.loads(words)
                 # A copy: a batch in shared memory would keep its segment for as long as anybody holds an array.
                 batch = {name: np.array(value) for name, value in numbers.items()}
+                self._taken += 1
                 yield step, {**batch, "key": np.array(keys, object)}, done
         finally:
             results.close()
-
-
-class _WholeBatch:
-    """One item of a worker process: a batch of this host, numbers apart from what has to be pickled."""
-
-    def __init__(self, make: Callable[[], Batch], work: Callable[[plan.Chunk, Batch], Done]):
-        self._make, self._work = make, work
-
-    def __call__(self, chunk: plan.Chunk) -> tuple[Batch, bytes]:
-        batch = self._make()
-        done = self._work(chunk, batch)
-        keys = batch.pop("key").tolist()
-        return batch, pickle.dumps((chunk.step, keys, done))
-
-
-def _init_worker(_index: int = 0, _count: int = 1) -> None:
-    """Keep a worker off the accelerator, and end it with its parent, even a killed one.
-
-    A worker that outlived its parent would hold the tracker of shared memory open, which frees what is left when
-    the last process of the family is gone.
-    """
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    multiprocessing.connection.wait([sentinel])
-    os._exit(1)
+            self._elsewhere = None
+            finished.close()
 
 
 def _sum(parts: list[Done]) -> Done:

@@ -10,8 +10,8 @@ import numpy as np
 from PIL import Image
 
 from vlmjax.data import images
-from vlmjax.data.examples import caption_id
-from vlmjax.data.sources import Source, key_of
+from vlmjax.data.pipeline import TrainData
+from vlmjax.data.sources import key_of
 from vlmjax.data.text import Tokenizer
 from vlmjax.errors import BadRecord
 
@@ -28,7 +28,7 @@ class Row:
         pixels: uint8 [h, w, 3], what the device gets.
         original: the decoded record, uint8 [h, w, 3], None where it cannot be decoded.
         captions: all that the record has.
-        chosen: the number of the one in this row, -1 where none is.
+        text: what was made of one or all of them, "" where none is.
         tokens: the row's vocabulary entries with their ids, without padding.
         padding: how many ids are padding.
         cut: how many ids of the text did not fit.
@@ -39,7 +39,7 @@ class Row:
     pixels: np.ndarray
     original: np.ndarray | None
     captions: tuple[str, ...]
-    chosen: int
+    text: str
     tokens: tuple[tuple[str, int], ...]
     padding: int
     cut: int
@@ -50,27 +50,23 @@ class Row:
         return not self.reason
 
 
-def explain(
-    batch: dict[str, np.ndarray], source: Source, indices: np.ndarray, tokenizer: Tokenizer
-) -> list[Row]:
-    """Rows of a batch of pipeline.TrainData, each with its record read once more.
-
-    Args:
-        batch: its first rows.
-        source: what the batch was read from.
-        indices: the records of the batch, int [at least the batch's rows].
-        tokenizer: the batch's.
-    """
-    return [_explain(batch, row, source, int(indices[row]), tokenizer) for row in range(len(batch["valid"]))]
+def explain(batch: dict[str, np.ndarray], data: TrainData, step: int, tokenizer: Tokenizer) -> list[Row]:
+    """Rows of the batch that `data` gave for a step, from the first on, each with its record read once more."""
+    indices = data.indices(step)
+    return [
+        _explain(batch, row, data, step, int(indices[row]), tokenizer) for row in range(len(batch["valid"]))
+    ]
 
 
-def _explain(batch: dict[str, np.ndarray], row: int, source: Source, index: int, tokenizer: Tokenizer) -> Row:
-    original, captions, reason = None, (), ""
+def _explain(
+    batch: dict[str, np.ndarray], row: int, data: TrainData, step: int, index: int, tokenizer: Tokenizer
+) -> Row:
+    original, captions, text, reason = None, (), "", ""
     try:
-        record = source[index]
+        record = data.source[index]
         captions = tuple(record.captions)
         original = np.asarray(images.decode(record.image))
-        reason = "" if captions else "no_caption"
+        text = data.text(record, step, row).text
     except BadRecord as error:
         reason = f"{error.reason}: {error.detail}" if error.detail else error.reason
     except Exception as error:  # what the pipeline has counted and gone on from
@@ -79,17 +75,13 @@ def _explain(batch: dict[str, np.ndarray], row: int, source: Source, index: int,
         reason = ""
     elif not reason:
         reason = "the transform failed"
-    wanted = int(batch["caption_id"][row])
-    matching = [i for i, caption in enumerate(captions) if caption_id(caption) == wanted]
-    chosen = matching[0] if matching and not reason else -1
     used = batch["attention_mask"][row].astype(bool)
     ids = batch["input_ids"][row][used].tolist()
     entries = tuple(zip(tokenizer.tokens(ids), ids, strict=True))
-    cut = tokenizer.overflow(captions[chosen]) if chosen >= 0 else 0
-    key = str(batch["key"][row]) or key_of(source, index)
-    return Row(
-        key, reason, batch["pixel_values"][row], original, captions, chosen, entries, int((~used).sum()), cut
-    )
+    cut = tokenizer.overflow(text) if not reason else 0
+    key = str(batch["key"][row]) or key_of(data.source, index)
+    pixels, padding = batch["pixel_values"][row], int((~used).sum())
+    return Row(key, reason, pixels, original, captions, text, entries, padding, cut)
 
 
 def show(rows: list[Row], batch: dict[str, np.ndarray], facts: dict[str, Any]) -> None:
@@ -112,7 +104,7 @@ def show(rows: list[Row], batch: dict[str, np.ndarray], facts: dict[str, Any]) -
         table.add_column(name, justify=side, overflow="fold", no_wrap=name in ("image", "ids"))
     for number, row in enumerate(rows):
         shape = "" if row.original is None else f"{row.original.shape[1]} x {row.original.shape[0]}"
-        text = row.captions[row.chosen] if row.valid else f"unusable: {row.reason}"
+        text = row.text if row.valid else f"unusable: {row.reason}"
         count = f"{len(row.tokens)}{f' (-{row.cut})' if row.cut else ''}" if row.valid else ""
         table.add_row(str(number), escape(row.key), shape, escape(text), count)
     console.print(table)
@@ -144,9 +136,11 @@ def html_of(rows: list[Row], batch: dict[str, np.ndarray], facts: dict[str, Any]
 
 def _card(number: int, row: Row) -> str:
     captions = "".join(
-        f'<li class="{"chosen" if i == row.chosen else ""}">{_text(caption)}</li>'
-        for i, caption in enumerate(row.captions)
+        f'<li class="{"chosen" if caption == row.text else ""}">{_text(caption)}</li>'
+        for caption in row.captions
     )
+    if row.valid and row.text not in row.captions:  # a template's, or several captions together
+        captions += f'<li class="chosen">{_text(row.text)}</li>'
     chips = "".join(f'<span title="id {i}">{_text(entry) or "&nbsp;"}</span>' for entry, i in row.tokens)
     rest = f"{len(row.tokens)} ids, {row.padding} of padding" + (f", {row.cut} cut off" if row.cut else "")
     shape = "" if row.original is None else f"{row.original.shape[1]} × {row.original.shape[0]}"

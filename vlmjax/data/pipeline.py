@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 
 from vlmjax.data import images, loader, mixture, plan
+from vlmjax.data.captions import Text
 from vlmjax.data.examples import Examples
 from vlmjax.data.loader import Batch, SkipCounter
 from vlmjax.data.mixture import Mixture
+from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, together
 from vlmjax.data.text import Tokenizer
 from vlmjax.errors import DataError
@@ -183,6 +185,14 @@ class TrainData:
         """
         return self._plan().indices(max(step, -(-self.mixture.start // self.batch_size)))
 
+    def text(self, record: Record, step: int, row: int) -> Text:
+        """The caption that a record has in a row of the global batch of a step, and the text made of it.
+
+        Raises:
+            BadRecord: it has none.
+        """
+        return self._examples.text(record, step * self.batch_size + row)
+
     @property
     def images_per_batch(self) -> int:
         """Rows of a batch that this host supplies."""
@@ -191,9 +201,8 @@ class TrainData:
     def work(self) -> dict[str, int | float]:
         """Since the last call: batches, seconds of all threads, bytes read; and the batches that wait just now."""
         out, self._work = dataclasses.asdict(self._work), _Work()
-        if self._batches is not None and not self._processes:
-            per_batch = self._plan().chunks_per_batch
-            out["queue"] = max(0, self._batches.finished - self._batches.taken) / per_batch
+        if self._batches is not None:
+            out["queue"] = self._batches.waiting()
         return out
 
     @property

@@ -169,11 +169,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="FOLDER", help="count tokens too: a tokenizer's folder or hub id"
     )
-    parser.add_argument("--max-length", type=_count, metavar="N", help="count captions of more than N tokens")
+    parser.add_argument("--max_length", type=_count, metavar="N", help="count captions of more than N tokens")
     parser.add_argument("--exclude", metavar="REGEX", help="leave out records whose key matches")
-    parser.add_argument("--image-column", metavar="NAME", help="of tables with unusual names")
-    parser.add_argument("--caption-columns", metavar="NAME,NAME", help="of tables with unusual names")
-    parser.add_argument("--image-root", metavar="FOLDER", help="that image paths in tables are relative to")
+    parser.add_argument("--image_column", metavar="NAME", help="of tables with unusual names")
+    parser.add_argument("--caption_columns", metavar="NAME,NAME", help="of tables with unusual names")
+    parser.add_argument("--image_root", metavar="FOLDER", help="that image paths in tables are relative to")
     parser.add_argument(
         "--bits", type=int, choices=range(9), default=4, help="of 64 that near duplicates may differ in"
     )
@@ -196,7 +196,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     from vlmjax.data.sources import open_source
 
     if options.max_length and not options.tokenizer:
-        raise DataError("--max-length counts tokens: name a --tokenizer")
+        raise DataError("--max_length counts tokens: name a --tokenizer")
     if options.out:
         _prepare(options.out)
     tokenizer = text.load(options.tokenizer, 1 << 20) if options.tokenizer else None

@@ -9,30 +9,11 @@ from typing import Any
 import numpy as np
 
 from vlmjax.data import hashes, images
+from vlmjax.data.pictures.signatures import format_of
 from vlmjax.data.sources import key_of
 from vlmjax.errors import BadRecord
 
 _SHOWN = 5
-_MAGIC = (
-    ("jpeg", 0, b"\xff\xd8\xff"),
-    ("png", 0, b"\x89PNG"),
-    ("gif", 0, b"GIF8"),
-    ("webp", 8, b"WEBP"),
-    ("bmp", 0, b"BM"),
-    ("tiff", 0, b"II*\0"),
-    ("tiff", 0, b"MM\0*"),
-    ("avif", 4, b"ftypavi"),
-    ("jpeg 2000", 4, b"jP  "),
-    ("jpeg 2000", 0, b"\xff\x4f\xff\x51"),
-    ("ico", 0, b"\0\0\1\0"),
-)
-
-
-def format_of(image: bytes | np.ndarray) -> str:
-    """The name of an image file's format by its first bytes; "pixels" for an array, "other" for all else."""
-    if isinstance(image, np.ndarray):
-        return "pixels"
-    return next((name for name, at, magic in _MAGIC if image[at : at + len(magic)] == magic), "other")
 
 
 @dataclasses.dataclass
@@ -62,10 +43,7 @@ def examine(source: Any, i: int, tokenizer: Any = None) -> One:
         return One(key or error.key or _key(source, i), error.reason, error.detail)
     except Exception as error:  # training counts it under this name too
         return One(key or _key(source, i), f"error_{type(error).__name__}", str(error)[:200])
-    sizes = tuple(
-        (format_of(image), len(image) if isinstance(image, bytes) else image.nbytes, p.shape[1], p.shape[0])
-        for image, p in zip(found, pixels, strict=True)
-    )
+    sizes = tuple((*_kind(image), p.shape[1], p.shape[0]) for image, p in zip(found, pixels, strict=True))
     captions = tuple(record.captions)
     tokens = tuple(tokenizer.lengths(captions).tolist()) if tokenizer and captions else ()
     one = One(record.key, captions=captions, tokens=tokens, images=sizes)
@@ -73,6 +51,11 @@ def examine(source: Any, i: int, tokenizer: Any = None) -> One:
         one.digest = hashlib.sha256(b"".join(map(hashes.digest, found))).digest()[:16]
         one.hash, one.colors = seen.hash, seen.colors.tobytes()
     return one
+
+
+def _kind(image: bytes | np.ndarray) -> tuple[str, int]:
+    """The format of an image and its bytes."""
+    return ("pixels", image.nbytes) if isinstance(image, np.ndarray) else (format_of(image), len(image))
 
 
 def _key(source: Any, i: int) -> str:

@@ -16,6 +16,7 @@ _FILES = (
     "tokenizer.json tokenizer_config.json special_tokens_map.json added_tokens.json vocab.json merges.txt "
     "vocab.txt tokenizer.model spiece.model sentencepiece.bpe.model chat_template.jinja"
 ).split()
+_CHARACTERS = 256  # of a text per id of a row; the longest vocabulary entries, runs of spaces, have about 128
 # What a bare tokenizer.json does not say: which of its special tokens play which part, best guess first.
 _ROLES = {
     "bos": ("<|startoftext|>", "[CLS]", "<s>"),
@@ -29,7 +30,8 @@ class Tokenizer:
 
     Ids are those of the `tokenizers` library, got word by word from a memory where that is the same (see
     `words.Encoder`). Longer texts are cut as transformers cuts them: the opening and closing tokens stay, text goes
-    at the end (or at its start, with `truncation="left"`); `truncated` counts them.
+    at the end (or at its start, with `truncation="left"`); `truncated` counts them. Of a text of more than 256
+    characters per id of a row only so many are looked at: a megabyte in a caption must not hold up its batch.
     Safe to call from many threads.
 
     Attributes:
@@ -102,12 +104,16 @@ class Tokenizer:
 
     def _parts(self, texts: Sequence[str]) -> tuple[list[bytes], int]:
         """Ids of each text (int32, as bytes), without special tokens, cut at the length; how many were cut."""
-        parts, room = self._encoder(texts), self._room()
+        most, room = _CHARACTERS * self.max_length, self._room()
+        huge = {place for place, text in enumerate(texts) if len(text) > most}
+        if huge:
+            texts = [text[-most:] if self._cut_left else text[:most] for text in texts]
+        parts = self._encoder(texts)
         long = [place for place, part in enumerate(parts) if len(part) > room]
         for place in long:
             part = parts[place]
             parts[place] = part[len(part) - room :] if self._cut_left else part[:room]
-        return parts, len(long)
+        return parts, len(huge.union(long))
 
     def _lengths(self, parts: list[bytes]) -> np.ndarray:
         around = len(self._before) + len(self._after)

@@ -76,7 +76,8 @@ def choose(
     rows = batch // devices
     keys = rows * route.gathered
     copies = 1 if route.gather else 2  # a block and the one that follows it
-    block = copies * keys * width * (feature_bytes + 4) + rows * width * 4
+    # Features and their fp32 gradients; a gathered gradient exists once more while it is summed over devices.
+    block = copies * keys * width * (feature_bytes + (8 if route.gather else 4)) + rows * width * 4
     # Below some rows a device, padding them to whole tiles of the kernel costs more than it saves.
     long = rows // (2 if route.two_way else 1) >= tpu_kernel.ROWS
     kernel = KERNELS.get(platform, "xla") if long and tpu_kernel.serves(terms, width, dtype) else "xla"

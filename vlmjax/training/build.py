@@ -1,27 +1,23 @@
 """From a validated recipe to the objects of a run: source, tokenizer, transforms, model, imported parameters."""
 
-import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from flax import traverse_util
 
 from vlmjax.config import Config
-from vlmjax.data import bpe, mixture, text
-from vlmjax.data.augment import TrainTransform
+from vlmjax.data import text
 from vlmjax.data.images import EvalTransform
-from vlmjax.data.plan import permute
-from vlmjax.data.sources import Source, captions_of, open_sources
-from vlmjax.errors import CheckpointError, DataError, HubError, RecipeError
+from vlmjax.data.recipe import naming, open_tokenizer, tokenizer_name
+from vlmjax.data.sources import Source
+from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
@@ -30,36 +26,7 @@ from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import replicated
 from vlmjax.training.workdir import Workdir
 
-# Captions read to train a "bpe:N" tokenizer; more change its merges little.
-BPE_CAPTIONS = 20_000
-SMALLEST_BPE = 514  # 2 x 256 bytes and two special tokens
 POSITIONS = "vision_model/embeddings/position_embedding"
-
-
-@contextlib.contextmanager
-def naming(key: str) -> Iterator[None]:
-    """What cannot be opened inside is a mistake of the recipe: a RecipeError that names the key that led there."""
-    try:
-        yield
-    except (DataError, HubError) as error:
-        raise RecipeError(f"config.{key}: {error}") from error
-
-
-def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
-    """The sources that `recipe.data` names, and the share of the run that each supplies."""
-    with naming("data.train"):
-        size, exclude = recipe.model.image.image_size, recipe.data.exclude or None
-        columns = {
-            "image_column": recipe.data.image_column or None,
-            "caption_columns": tuple(recipe.data.caption_columns) or None,
-        }
-        sources = open_sources(
-            recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude, **columns
-        )
-    with naming("data.weights"):
-        return sources, mixture.shares(
-            [len(source) for source in sources], recipe.data.mix, recipe.data.weights
-        )
 
 
 def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:
@@ -85,18 +52,8 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
         )
     partial = workdir.path("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
-    if not name.startswith("bpe:"):
-        with naming("init_from" if name == recipe.init_from else "data.tokenizer"):
-            text.load(name, length).save(str(partial))
-    else:
-        size = name.removeprefix("bpe:")
-        if not size.isdigit() or int(size) < SMALLEST_BPE:
-            raise RecipeError(
-                f"config.data.tokenizer={name!r}: expected 'bpe:' and a number from {SMALLEST_BPE}, e.g. 'bpe:1024'"
-            )
-        with tempfile.TemporaryDirectory() as trained:
-            bpe.train_bpe(_captions(source), int(size), trained, model_max_length=length)
-            text.load(trained, length).save(str(partial))
+    with naming("init_from" if name == recipe.init_from else "data.tokenizer"):
+        open_tokenizer(name, source, length).save(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return text.load(str(folder), length)
@@ -106,32 +63,6 @@ def _tokenizer_of(workdir: Workdir) -> str:
     """The tokenizer of the run that began in this folder; one left by a run that ended before it began is not used."""
     path = workdir.path("recipe.json")
     return tokenizer_name(Config(read_json(path))) if path.exists() else ""
-
-
-def tokenizer_name(recipe: Any) -> str:
-    """The folder, id or "bpe:N" that a recipe's tokenizer comes from; no "bpe:N" replaces that of an imported model."""
-    name, source = recipe.data.tokenizer, recipe.init_from
-    return source if source and (not name or name.startswith("bpe:")) else name
-
-
-def _captions(source: Source) -> Iterator[str]:
-    """Captions from all over a source, so that every part of it gives its words; an unreadable record has none."""
-    left = BPE_CAPTIONS
-    order = permute(np.arange(min(left, len(source))), len(source), seed=0, epoch=0)
-    for i in order.tolist():
-        try:
-            captions = captions_of(source, i)[:left]
-        except Exception:  # of whatever kind: training meets this record again, counts it and says why
-            captions = ()
-        yield from captions
-        left -= max(len(captions), 1)  # records without any count too: the search ends
-        if left <= 0:
-            return
-
-
-def train_transform(recipe: Any, image_size: tuple[int, int]) -> TrainTransform:
-    """Random crops and colours of the recipe, ending at the model's image size."""
-    return TrainTransform(image_size, recipe.data.augment, background=tuple(recipe.data.background))
 
 
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:

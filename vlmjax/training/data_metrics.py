@@ -13,7 +13,7 @@ def data_row(data: TrainData, seconds: float) -> dict[str, Any]:
     """The columns of one logged line, over the last `seconds`; called by all processes together.
 
     `data/decode_ms` is the work of the decoding threads per image, `data/megabytes_per_second` what was read encoded,
-    `data/truncated_share` the share of texts that were cut, `data/queue` the batches that wait ready (threads only):
+    `data/truncated_share` the share of texts that were cut, `data/queue` the batches that wait ready:
     each of this process. `skipped` counts the records of all processes that could not be used since the run was
     started; its parts are by reason and, with several sources, by source (both of this process), and by host.
     """
@@ -26,6 +26,7 @@ def data_row(data: TrainData, seconds: float) -> dict[str, Any]:
     if "queue" in work:
         row["data/queue"] = work["queue"]
     skips = data.skips
+    skips.report()
     row |= {f"skipped/{reason}": count for reason, count in sorted(skips.by_reason.items())}
     if len(data.mixture.parts) > 1:
         row |= {f"skipped/from/{name}": count for name, count in sorted(skips.by_source.items())}

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from vlmjax.data.formats.folder import Subset
-from vlmjax.data.pipeline import TrainData
+from vlmjax.data.recipe import open_train_sources, train_data
 from vlmjax.data.sources import together
 from vlmjax.errors import NonFiniteError, UserError
 from vlmjax.models import flops
@@ -43,7 +43,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     mesh = make_mesh(**recipe.mesh.to_dict())
     check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
     folder = Workdir(workdir, writer=first)
-    sources, shares = build.open_train_sources(recipe)
+    sources, shares = open_train_sources(recipe)
     source = together(sources)
     lengths = Durations(recipe, source)
     tokenizer = build.make_tokenizer(recipe, source, folder)
@@ -62,22 +62,8 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         return make_optimizer(recipe.optimizer, schedule, trainable, frozen)
 
     state, data_state, optimizer = start_state(recipe, model, optimizer_of, stage, mesh, checkpoints)
-    data = TrainData(
-        sources,
-        build.train_transform(recipe, model.config.image.image_shape),
-        tokenizer,
-        batch_size=recipe.batch_size,
-        shares=shares,
-        rows=local_rows(mesh, recipe.batch_size),
-        seed=recipe.seed,
-        threads=recipe.data.threads or None,
-        processes=recipe.data.processes,
-        max_bad_share=recipe.data.max_bad_share,
-        captions=recipe.data.captions,
-        templates=recipe.data.templates,
-        background=tuple(recipe.data.background),
-        cache_decoded=recipe.data.cache_decoded or None,
-    )
+    shape, rows = model.config.image.image_shape, local_rows(mesh, recipe.batch_size)
+    data = train_data(recipe, sources, shares, tokenizer, shape, rows=rows)
     if data_state:
         data.restore(data_state, accept=recipe.data.accept_new_mixture)
     start = data.step

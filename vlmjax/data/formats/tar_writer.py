@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from vlmjax.data.formats.fields import TEXT_EXTENSIONS
+from vlmjax.data.pictures import signatures
 from vlmjax.data.record import Record
 from vlmjax.errors import BadRecord, DataError
 
@@ -119,21 +120,7 @@ def _plain(value: Any) -> Any:
 
 def _extension(data: bytes, key: str) -> str:
     """The usual extension of an encoded image, told by its first bytes. Raises BadRecord."""
-    starts = {
-        b"\xff\xd8\xff": "jpg",
-        b"\x89PNG": "png",
-        b"GIF8": "gif",
-        b"BM": "bmp",
-        b"II*\0": "tif",
-        b"MM\0*": "tif",
-    }
-    for start, extension in starts.items():
-        if data.startswith(start):
-            return extension
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "webp"
-    if data[4:12] in (b"ftypavif", b"ftypavis"):
-        return "avif"
-    if data[4:8] == b"jP  " or data[:4] == b"\xff\x4f\xff\x51":
-        return "jp2"
-    raise BadRecord("not_an_image", key, f"begins with {data[:12]!r}")
+    extension = signatures.EXTENSIONS.get(signatures.format_of(data))
+    if extension is None:
+        raise BadRecord("not_an_image", key, f"begins with {data[:12]!r}")
+    return extension

@@ -1,12 +1,11 @@
 """TFRecord files of tf.train.Example at random, through an index of offsets, without TensorFlow."""
 
-import functools
 import os
 import struct
 from collections.abc import Sequence
 from typing import Any
 
-from vlmjax.data.formats import rows, tfexample
+from vlmjax.data.formats import crc, rows, tfexample
 from vlmjax.data.formats.webdataset import IndexedShards
 from vlmjax.data.record import Record
 from vlmjax.data.storage.samples import Samples, flatten
@@ -14,26 +13,7 @@ from vlmjax.errors import BadRecord, DataError
 
 _HEAD, _TAIL = 12, 4
 _READ_AHEAD = 1 << 14
-
-
-@functools.cache
-def _table() -> list[int]:
-    """Of CRC-32C (Castagnoli, polynomial 0x1EDC6F41 reflected), a byte at a time."""
-    out = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        out.append(value)
-    return out
-
-
-def masked_crc(data: bytes) -> int:
-    """CRC-32C rotated and shifted, as TFRecord stores it (tensorflow/core/lib/hash/crc32c.h)."""
-    crc, table = 0xFFFFFFFF, _table()
-    for byte in data:
-        crc = crc >> 8 ^ table[(crc ^ byte) & 0xFF]
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+_TRIED = 8  # records that may be damaged before one that shows what the features are
 
 
 def index(path: str) -> Samples:
@@ -66,8 +46,8 @@ def _size(head: bytes) -> int | None:
     """The length in a record's head, None where its CRC does not fit."""
     if len(head) < _HEAD:
         return None
-    size, crc = struct.unpack("<QI", head)
-    return size if masked_crc(head[:8]) == crc else None
+    size, stated = struct.unpack("<QI", head)
+    return size if crc.masked(head[:8]) == stated else None
 
 
 class TFRecordSource(IndexedShards):
@@ -103,21 +83,33 @@ class TFRecordSource(IndexedShards):
         if not len(self):
             raise DataError(f"{self.name}: {len(self.paths)} TFRecord file(s) hold no record")
         options = {"image_column": image_column, "caption_columns": caption_columns}
-        try:
-            self._layout = rows.find_layout(self.paths[0], self._row(0), **options)
-        except BadRecord as error:
-            raise DataError(f"{self.paths[0]}: its first record cannot be read: {error}") from error
+        self._layout = rows.find_layout(self.paths[0], self._first_row(), **options)
 
     def key(self, i: int) -> str:
         """File and number of record i."""
         shard, at = self.place(i)
         return f"{os.path.basename(self.paths[shard])}:{at}"
 
+    def _first_row(self) -> dict[str, Any]:
+        """The first record that can be read, of the first few. Raises DataError."""
+        for i in range(min(len(self), _TRIED)):
+            try:
+                return self._row(i)
+            except BadRecord as error:
+                last = error
+        raise DataError(f"{self.paths[0]}: its first records cannot be read: {last}") from last
+
     def _row(self, i: int) -> dict[str, Any]:
         shard, at = self.place(i)
         key = self.key(i)
         offset, size = self.samples(shard).parts(at)["record"]
-        return tfexample.simple(tfexample.parse(self._shards.read(shard, offset, size, key), key))
+        data = self._shards.read(shard, offset, size + _TAIL, key)
+        payload, (stated,) = data[:size], struct.unpack("<I", data[size:])
+        if crc.masked(payload) != stated:
+            raise BadRecord(
+                "bad_checksum", key, f"its {size} bytes at {offset} are not those that were written"
+            )
+        return tfexample.simple(tfexample.parse(payload, key))
 
     def __getitem__(self, i: int) -> Record:
         """Record i. Raises BadRecord."""

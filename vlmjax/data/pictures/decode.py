@@ -14,6 +14,7 @@ import numpy as np
 import PIL
 from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
 
+from vlmjax.data.pictures import jpeg
 from vlmjax.errors import BadRecord, DataError
 
 Box = tuple[float | int, ...]  # x0, y0, x1, y1
@@ -53,6 +54,8 @@ _TURNS = {
 # Where the upright image's left, and its top, is the right or the bottom edge of what the file stores.
 _FROM_RIGHT, _FROM_BELOW = (2, 3, 6, 7), (3, 4, 7, 8)
 _JPEG_SHRINK = 4  # a baseline JPEG of up to 16 x max_pixels is decoded at a half or a quarter of its size
+_MOST_SCANS = 100  # of a JPEG; progressive ones have about ten
+_MOST_WORK = 16  # times max_pixels that all scans of a JPEG may go over together
 _QUIET_PIL = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -68,7 +71,8 @@ def decode(
     EXIF orientation is applied. Transparency is laid over `background` (or kept, see below). Grey, palette,
     CMYK, 1-bit and 16-bit images are converted; 16 bits map by the full range (65535 -> 255). Pictures of
     more than `max_pixels` are refused by their header, before memory is taken, except baseline JPEGs of up to
-    16 times that, which are decoded at a half or a quarter of their size.
+    16 times that, which are decoded at a half or a quarter of their size. JPEGs of more than a hundred scans, or
+    whose scans go over 16 times `max_pixels` together, are refused before time is taken.
 
     Args:
         data: the file's bytes; a uint8 array [height, width, 3 or 4] passes through (alpha handled as above).
@@ -103,11 +107,14 @@ def open_image(
     if not data:
         raise BadRecord("empty", detail="no bytes")
     fast = decoder() != "pillow"
-    size = _plain_jpeg(data) if fast else None
+    size = jpeg.plain_size(data) if fast else None
     if size is not None and size[0] * size[1] <= max_pixels:
+        _bound_scans(data, size, max_pixels)
         return Jpeg(data, size, 1, max_pixels)
     _quiet()
     image, whole = _open(data, max_pixels)
+    if image.format == "JPEG":
+        _bound_scans(data, image.size, max_pixels)
     if fast and whole and image.format == "JPEG" and image.mode in ("RGB", "L"):
         return Jpeg(data, image.size, _orientation(image), max_pixels)
     return _by_pillow(image, background, keep_alpha)
@@ -191,42 +198,6 @@ def versions() -> dict[str, str]:
     return {"decode": fast, "pillow": pillow}
 
 
-def _plain_jpeg(data: bytes) -> tuple[int, int] | None:
-    """(width, height) of an 8-bit grey or three-colour JPEG that is stored upright, or None: let Pillow look.
-
-    Pillow's own reading of a header takes five times as long, under the interpreter's lock.
-    """
-    if data[:2] != b"\xff\xd8":
-        return None
-    size, at, end = None, 2, len(data) - 4
-    while at < end and data[at] == 0xFF:
-        kind, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
-        if kind == 0xDA:  # the scan begins
-            return size
-        if kind in _FRAMES:
-            height, width = (
-                int.from_bytes(data[at + 5 : at + 7], "big"),
-                int.from_bytes(data[at + 7 : at + 9], "big"),
-            )
-            if size or kind not in (0xC0, 0xC1, 0xC2) or data[at + 4] != 8 or data[at + 9] not in (1, 3):
-                return None
-            if not height or not width:
-                return None
-            size = width, height
-        elif kind == 0xE1 and _may_be_turned(data[at + 4 : at + 2 + length]):
-            return None
-        at += 2 + length
-    return None
-
-
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
-
-
-def _may_be_turned(segment: bytes) -> bool:
-    """True unless neither EXIF's number of the orientation tag nor XMP's name of it is anywhere in it."""
-    return b"\x01\x12" in segment or b"\x12\x01" in segment or b"Orientation" in segment
-
-
 def _by_pillow(image: Image.Image, background: tuple[int, int, int], keep_alpha: bool) -> np.ndarray:
     try:
         image.load()
@@ -270,6 +241,13 @@ def _open(data: bytes, max_pixels: int) -> tuple[Image.Image, bool]:
     size = (max(1, width // 4), max(1, height // 4)) if shrink > 2 else (width // 2, height // 2)
     image.draft(None, size)
     return image, False
+
+
+def _bound_scans(data: bytes, size: tuple[int, int], max_pixels: int) -> None:
+    """Refuse a JPEG of far more scans than encoders write: each goes over all pixels again. Raises BadRecord."""
+    most = min(_MOST_SCANS, _MOST_WORK * max_pixels // max(1, size[0] * size[1]))
+    if jpeg.scans(data, most) > most:
+        raise BadRecord("bomb", detail=f"more than {most} scans of {size[0]} x {size[1]} pixels")
 
 
 def _orientation(image: Image.Image) -> int:

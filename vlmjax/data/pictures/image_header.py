@@ -2,13 +2,13 @@
 
 import io
 import struct
-from collections.abc import Callable
 
-Read = Callable[[int, int], bytes]
+from vlmjax.data.pictures import jpeg
+from vlmjax.data.pictures.jpeg import Read
+from vlmjax.data.pictures.signatures import format_of
 
 _HEAD = 64  # bytes that hold the size in every format but JPEG
-_FRAMES = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # start of frame, of any JPEG process
-_SEGMENTS = 200
+_CHUNKS = 200  # of a PNG before its pixels
 _WEBP_EXIF = 0x08
 
 
@@ -28,45 +28,37 @@ def size(data: bytes | Read) -> tuple[int, int] | None:
 
 def _size(read: Read) -> tuple[int, int] | None:
     head = read(0, _HEAD)
-    if head[:2] == b"\xff\xd8":
+    kind = format_of(head)
+    if kind == "jpeg":
         return _jpeg(read)
-    if head[:8] == b"\x89PNG\r\n\x1a\n":
+    if kind == "png":
         return _png(read, struct.unpack(">II", head[16:24]))
-    if head[:3] == b"GIF":
+    if kind == "gif":
         return struct.unpack("<HH", head[6:10])
-    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+    if kind == "webp":
         return _with_pillow(read) if head[12:16] == b"VP8X" and head[20] & _WEBP_EXIF else _webp(head)
-    if head[:2] == b"BM" and head[14:18] == b"\x28\0\0\0":
+    if kind == "bmp" and head[14:18] == b"\x28\0\0\0":
         width, height = struct.unpack("<ii", head[18:26])
         return width, abs(height)
     return _with_pillow(read)
 
 
 def _jpeg(read: Read) -> tuple[int, int] | None:
-    """Walk the segments to the frame header (ITU-T T.81, B.2.2); on the way note EXIF's orientation."""
-    at, turned = 2, False
-    for _ in range(_SEGMENTS):
-        head = read(at, 20)
-        if head[0] != 0xFF:
-            return None
-        kind = head[1]
-        if kind == 0xFF or kind == 0x01 or 0xD0 <= kind <= 0xD8:  # fill byte, or a marker without contents
-            at += 1 if kind == 0xFF else 2
-            continue
-        if kind in _FRAMES:
-            height, width = struct.unpack(">HH", head[5:9])
+    """From the frame header; on the way note EXIF's orientation."""
+    turned = False
+    for kind, at, length in jpeg.segments(read):
+        if kind in jpeg.FRAMES:
+            height, width = struct.unpack(">HH", read(at + 1, 4))
             return (height, width) if turned else (width, height)
-        length = struct.unpack(">H", head[2:4])[0]
-        if kind == 0xE1 and head[4:10] == b"Exif\0\0":
-            turned = _orientation(read(at + 10, length - 8)) >= 5
-        at += 2 + length
+        if kind == jpeg.APP1 and read(at, 6) == b"Exif\0\0":
+            turned = _orientation(read(at + 6, length - 6)) >= 5
     return None
 
 
 def _png(read: Read, shape: tuple[int, int]) -> tuple[int, int]:
     """Turned when an eXIf chunk before the pixels says so."""
     at = 8
-    for _ in range(_SEGMENTS):
+    for _ in range(_CHUNKS):
         length, kind = struct.unpack(">I4s", read(at, 8))
         if kind == b"eXIf":
             return shape[::-1] if _orientation(read(at + 8, length)) >= 5 else shape

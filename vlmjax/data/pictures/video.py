@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from vlmjax.data import images
+from vlmjax.data.pictures.signatures import format_of
 from vlmjax.errors import BadRecord, DataError, RecipeError
 
 _FORM = re.compile(r"\s*(?:uniform\(\s*(\d+)\s*\)|fps\(\s*(\d+(?:\.\d+)?)\s*,\s*(\d+)\s*\))\s*")
@@ -97,7 +98,7 @@ def decode(
     """
     if not data:
         raise BadRecord("empty", detail="no bytes")
-    if data[:4] in (b"GIF8", b"\x89PNG") or (data[:4] == b"RIFF" and data[8:12] == b"WEBP"):
+    if format_of(data) in ("gif", "png", "webp"):
         return _animation(data, sample, shortest, background, max_pixels)
     return _video(data, sample, shortest, max_pixels)
 

@@ -22,7 +22,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--index", type=int, default=0, help="number of the scene to show")
     parser.add_argument("--split", choices=SPLITS, default="train")
     parser.add_argument("--style", choices=STYLES, default="full")
-    parser.add_argument("--image-size", type=int, default=256)
+    parser.add_argument("--image_size", type=int, default=256)
     options = parser.parse_args(arguments)
     if options.sheet:
         contact_sheet(options.seed).save(options.sheet, optimize=True)

@@ -1,5 +1,6 @@
 """Files as sources see them: patterns to paths, the folder of the cache, positioned reads shared by threads."""
 
+import contextlib
 import difflib
 import glob
 import logging
@@ -36,6 +37,14 @@ def is_special(path: str) -> bool:
     """True for what exists but is neither a file nor a folder: pipes, devices, sockets. Raises OSError, ValueError."""
     mode = os.stat(path).st_mode
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def refuse_special(path: str | os.PathLike[str]) -> None:
+    """Raise DataError for a pipe or a device: opening one may wait for ever. What is missing shows later."""
+    path = os.fspath(path)
+    with contextlib.suppress(OSError):
+        if not is_remote(path) and is_special(path):
+            raise DataError(f"{path} is a pipe or a device; expected a file: write it to one first")
 
 
 def expand_braces(pattern: str) -> list[str]:

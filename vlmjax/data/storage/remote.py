@@ -4,7 +4,6 @@ import base64
 import binascii
 import contextlib
 import gzip
-import hashlib
 import http.client
 import logging
 import random
@@ -15,8 +14,9 @@ import urllib.request
 import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import IO, Any, TypeVar
 
+from vlmjax.data.storage.checked import Checked, Info, s3_etag
 from vlmjax.errors import DataError
 
 ATTEMPTS = 5
@@ -33,16 +33,9 @@ _FINAL = (
     TypeError,
     DataError,
 )
+_OTHER_ETAGS: set[str] = set()  # buckets whose ETags are no MD5
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
-
-
-class Info(NamedTuple):
-    """A remote file: bytes (None where unknown), a text that changes with its contents, its MD5 in hex or ""."""
-
-    size: int | None
-    version: str
-    md5: str
 
 
 def filesystem(url: str) -> tuple[Any, str]:
@@ -127,14 +120,12 @@ def _info(entry: dict[str, Any]) -> Info:
         None if size is None else int(size),
         f"{size}|{version}",
         _md5(entry.get("md5Hash") or entry.get("md5")),
+        s3_etag(entry.get("ETag")),
     )
 
 
 def _md5(value: Any) -> str:
-    """An MD5 as hex, from hex or base64; "" for anything else.
-
-    S3's ETag is not used: it is no MD5 for files encrypted with a key or sent in parts.
-    """
+    """An MD5 as hex, from hex or base64; "" for anything else."""
     if not isinstance(value, str):
         return ""
     with contextlib.suppress(binascii.Error, ValueError):
@@ -147,9 +138,9 @@ def _is_web(url: str) -> bool:
     return url.startswith(("http://", "https://"))
 
 
-def _request(url: str, method: str = "GET") -> Any:
+def _request(url: str, method: str = "GET", **more: str) -> Any:
     """An answer of a web server. Needs no driver, and a silent server cannot hold it for longer than TIMEOUT."""
-    headers = {"User-Agent": "vlmjax", "Accept-Encoding": "identity"}
+    headers = {"User-Agent": "vlmjax", "Accept-Encoding": "identity", **more}
     try:
         return urllib.request.urlopen(
             urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT
@@ -175,7 +166,9 @@ def _web_info(url: str) -> Info:
         part.strip().split("=", 1) for part in head.get("x-goog-hash", "").split(",") if "=" in part
     )
     version = "|".join(str(head.get(name)) for name in ("Content-Length", "ETag", "Last-Modified"))
-    return Info(int(length) if length else None, version, _md5(hashes.get("md5") or head.get("Content-MD5")))
+    etag = s3_etag(head.get("ETag")) if head.get("Server") == "AmazonS3" else ""
+    md5 = _md5(hashes.get("md5") or head.get("Content-MD5"))
+    return Info(int(length) if length else None, version, md5, etag)
 
 
 def retrying(what: str, attempt: Callable[[], T]) -> T:
@@ -218,32 +211,6 @@ def _is_local(error: Exception) -> bool:
     )
 
 
-class Checked:
-    """A stream that counts and hashes what is read from it, to see at its end whether that was the file."""
-
-    def __init__(self, stream: Any, url: str, about: Info):
-        """`about` says how long the file is and, where known, its MD5."""
-        self._stream, self._url, self._about = stream, url, about
-        self._count, self._md5 = 0, hashlib.md5(usedforsecurity=False)
-
-    def read(self, size: int = -1) -> bytes:
-        """Some bytes."""
-        data = self._stream.read(size)
-        self._count += len(data)
-        if self._about.md5:
-            self._md5.update(data)
-        return data
-
-    def check(self) -> None:
-        """Raise ConnectionError unless all of the file has been read, and nothing else."""
-        while self.read(1 << 20):
-            pass
-        if self._about.size not in (None, self._count):
-            raise ConnectionError(f"{self._url}: got {self._count} bytes of {self._about.size}")
-        if self._about.md5 and self._md5.hexdigest() != self._about.md5:
-            raise ConnectionError(f"{self._url}: its MD5 is {self._md5.hexdigest()}, not {self._about.md5}")
-
-
 def open_stream(url: str) -> Any:
     """The bytes of a file in order. Raises OSError, or an error of the driver's own."""
     if _is_web(url):
@@ -259,6 +226,7 @@ def download(url: str, about: Info, write: Callable[[Checked], None]) -> None:
         DataError: it cannot be had, is damaged, or cannot be written.
         FileNotFoundError: it is no longer there.
     """
+    before: list[str] = []
 
     def attempt() -> None:
         with open_stream(url) as stream:
@@ -271,23 +239,50 @@ def download(url: str, about: Info, write: Callable[[Checked], None]) -> None:
             except (EOFError, zlib.error, gzip.BadGzipFile) as error:
                 checked.check()  # a gzip that ends too soon because the connection did is worth another attempt
                 raise error
+        _check_etag(url, about, checked.etags, before)
 
     retrying(f"download {url}", attempt)
 
 
+def _check_etag(url: str, about: Info, found: list[str], before: list[str]) -> None:
+    """Raise ConnectionError where the bytes do not give S3's ETag, unless the same ones came `before`.
+
+    A connection does not damage them twice alike: then the ETags of this bucket are something else, as where it
+    encrypts with keys of its own, and are not looked at again.
+    """
+    bucket = url.split("/", 3)[2]
+    if about.md5 or not found or about.etag in found or bucket in _OTHER_ETAGS:
+        return
+    if found != before:
+        before[:] = found
+        raise ConnectionError(f"{url}: its bytes do not give its ETag {about.etag}")
+    _OTHER_ETAGS.add(bucket)
+    _log.warning("the ETags of %s are no checksums of its files; their lengths alone are checked", bucket)
+
+
 def small(url: str) -> bytes | None:
     """A whole small file, None when it is not there. Raises DataError."""
-    if info(url) is None:
+    about, data = info(url), []
+    if about is None:
         return None
-
-    def attempt() -> bytes:
-        with open_stream(url) as stream:
-            return stream.read()
-
     try:
-        return retrying(f"read {url}", attempt)
+        download(url, about, lambda stream: data.append(stream.read()))
     except FileNotFoundError:
         return None
+    return data[-1]
+
+
+def end_of(url: str, size: int, count: int) -> bytes:
+    """The last bytes of a file of `size` bytes; none where they cannot be had alone."""
+    try:
+        if not _is_web(url):
+            system, inner = filesystem(url)
+            return system.cat_file(inner, start=max(0, size - count), end=size)
+        with _request(url, Range=f"bytes=-{count}") as answer:
+            return answer.read(count) if answer.status == http.client.PARTIAL_CONTENT else b""
+    except Exception as error:  # drivers raise errors of their own; whoever reads the file meets it again
+        _log.debug("the end of %s: %s", url, error)
+        return b""
 
 
 def copy(stream: Any, out: IO[bytes]) -> None:

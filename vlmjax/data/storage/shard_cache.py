@@ -25,6 +25,7 @@ _RECENT = (
 _SPARE = 0.05  # of the disk stays free when no limit is given
 _POLL = 0.05  # seconds between looks at a copy that another process makes
 _PATIENCE = 30.0  # seconds to wait for others to let go of what they hold
+Size = int | Callable[[], int]
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 
 
@@ -84,13 +85,13 @@ class ShardCache:
         return (self.folder / name).exists()
 
     def get(
-        self, name: str, size: int, fill: Callable[[Any], None], keep: Collection[str] | None = None
+        self, name: str, size: Size, fill: Callable[[Any], None], keep: Collection[str] | None = None
     ) -> Copy:
         """The copy called `name` to read from, made by `fill(file)` unless it is there.
 
         Args:
             name: a file name; changed contents need another name.
-            size: bytes it will have, for making room.
+            size: bytes it will have, for making room, or what gives them when that is needed.
             fill: writes it.
             keep: when given, names that must not go for this one, nor anything used in the last seconds.
 
@@ -108,12 +109,12 @@ class ShardCache:
             self._let_go()
         return copy
 
-    def hold(self, name: str, size: int, fill: Callable[[Any], None]) -> Copy:
+    def hold(self, name: str, size: Size, fill: Callable[[Any], None]) -> Copy:
         """As `get`, for use by its path: the copy stays for as long as the result is referred to."""
         return self._get(name, size, fill, None, hold=True)
 
     def _get(
-        self, name: str, size: int, fill: Callable[[Any], None], keep: Collection[str] | None, hold: bool
+        self, name: str, size: Size, fill: Callable[[Any], None], keep: Collection[str] | None, hold: bool
     ) -> Copy:
         with self._lock:
             gate = self._gates.setdefault(name, threading.Lock())
@@ -154,7 +155,7 @@ class ShardCache:
         return Copy(path, number)
 
     def _make(
-        self, name: str, size: int, fill: Callable[[Any], None], keep: Collection[str] | None, hold: bool
+        self, name: str, size: Size, fill: Callable[[Any], None], keep: Collection[str] | None, hold: bool
     ) -> Copy | None:
         """Make the copy; None when somebody else does."""
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +166,7 @@ class ShardCache:
             return None
         try:
             os.truncate(number, 0)
-            self._make_room(size, number, keep)
+            self._make_room(size() if callable(size) else size, number, keep)
             with os.fdopen(os.dup(number), "wb") as out:
                 fill(out)
                 out.truncate()

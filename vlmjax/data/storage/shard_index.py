@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmjax.data.storage import files
 from vlmjax.data.storage.samples import Samples, narrow
 from vlmjax.errors import DataError
 
@@ -155,7 +156,8 @@ def write_whole(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def load(path: str | os.PathLike[str]) -> ShardIndex:
-    """The index in a side file; only its header is read. Raises Damaged, or OSError."""
+    """The index in a side file; only its header is read. Raises Damaged, OSError, or DataError for a pipe."""
+    files.refuse_special(path)
     with open(path, "rb") as file:
         head, length = file.read(4096), os.fstat(file.fileno()).st_size
         if head[:8] != _MAGIC or len(head) < 16:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from vlmjax.data.storage import files, remote, shard_index
+from vlmjax.data.storage import files, gzipped, remote, shard_index
 from vlmjax.data.storage.samples import Samples
 from vlmjax.data.storage.shard_cache import Copy, limit_from_environment, shared_cache
 from vlmjax.data.storage.shard_index import ShardIndex
@@ -55,7 +55,8 @@ class Shards:
         """
         self.paths = list(paths)
         self.folder = files.cache_folder(cache)
-        _refuse_special(self.paths)
+        for path in self.paths:
+            files.refuse_special(path)
         self._cache = shared_cache(str(self.folder / "shards"), limit_from_environment())
         far = [path for path in self.paths if files.is_remote(path)]
         self.remote = bool(far)
@@ -76,7 +77,7 @@ class Shards:
         """What the copy in the cache is called; None for files that need none."""
         path, about = self.paths[i], self._about[i]
         if about is None:
-            if not _is_gzipped(path):
+            if not gzipped.is_gzipped(path):
                 return None
             path = os.path.abspath(path)
             try:
@@ -88,19 +89,27 @@ class Shards:
             version = about.version
         digest = hashlib.sha256(f"{path}|{version}".encode()).hexdigest()[:16]
         name = path.rstrip("/").rsplit("/", 1)[-1].split("?")[0]
-        return f"{digest}-{_plain(name)}"
+        return f"{digest}-{gzipped.plain_name(name)}"
 
     def _copy(self, i: int, keep: set[str] | None = None, hold: bool = False) -> Copy:
-        path, about = self.paths[i], self._about[i]
+        path, name = self.paths[i], self._names[i]
+        size, fill = functools.partial(self._size, i), functools.partial(self._fill, i)
         try:
-            size = os.path.getsize(path) if about is None else about.size or 0
-            name, fill = self._names[i], functools.partial(self._fill, i)
             copy = self._cache.hold(name, size, fill) if hold else self._cache.get(name, size, fill, keep)
         except FileNotFoundError as error:
             raise DataError(f"cannot read {path}: it is no longer there") from error
         if i in self._unseen:  # made by somebody else, who knew nothing of this index
             self._compare(i, copy.number)
         return copy
+
+    def _size(self, i: int) -> int:
+        """Bytes that the copy of file i will have, 0 where nobody knows."""
+        packed, path = self._packed(i), self.paths[i]
+        return gzipped.unpacked_size(path, packed) if gzipped.is_gzipped(path) else packed
+
+    def _packed(self, i: int) -> int:
+        about = self._about[i]
+        return os.path.getsize(self.paths[i]) if about is None else about.size or 0
 
     def _fill(self, i: int, out: Any) -> None:
         """Write the copy of file i. One that lately could not be had fails at once: each attempt takes seconds."""
@@ -135,7 +144,7 @@ class Shards:
 
     def _bring(self, i: int, out: Any) -> None:
         path, about = self.paths[i], self._about[i]
-        unpack = _is_gzipped(path)
+        unpack = gzipped.is_gzipped(path)
 
         def write(stream: Any) -> None:
             out.seek(0)  # what is cut off at the end: until then the length is a claim to room
@@ -234,10 +243,18 @@ class Shards:
         return min(_THREADS, len(self.paths) or 1, self.room(_THREADS))
 
     def room(self, most: int) -> int:
-        """How many files may be held at a time, from 1 to `most`, in a cache that has a limit."""
-        largest = max((about.size or 0 for about in self._about if about), default=0)
-        limit = self._cache.limit
-        return most if limit is None or not largest else max(1, min(most, limit // largest))
+        """How many files may be held at a time, from 1 to `most`, in a cache that has a limit.
+
+        Gzipped ones are taken to shrink as the first of them does: to ask after each costs a request.
+        """
+        limit, cached = self._cache.limit, [i for i, name in enumerate(self._names) if name is not None]
+        if limit is None or not cached:
+            return most
+        packed = {i: self._packed(i) for i in cached}
+        largest = max(cached, key=packed.get)
+        zipped = next((i for i in cached if gzipped.is_gzipped(self.paths[i])), None)
+        growth = self._size(zipped) / max(1, packed[zipped]) if zipped is not None else 1.0
+        return max(1, min(most, int(limit / max(1.0, packed[largest] * growth))))
 
     def index_place(self, i: int) -> pathlib.Path:
         """Where the cache keeps the index of file i: a name of its own for each version of a remote shard."""
@@ -290,7 +307,7 @@ class Shards:
         if here:
             with self.held(i) as local:
                 return index.fits(local)
-        return _is_gzipped(self.paths[i]) or self._about[i].size in (None, index.size)
+        return gzipped.is_gzipped(self.paths[i]) or self._about[i].size in (None, index.size)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the threads that download ahead: a worker process only reads."""
@@ -328,23 +345,3 @@ class _Ahead:
                 files.LOG.debug("download ahead of %s: %s", name, error)
             with self._lock:
                 self._known.discard(name)
-
-
-def _refuse_special(paths: Sequence[str]) -> None:
-    """Raise DataError for a pipe or a device: opening one may wait for ever. What is missing shows later."""
-    for path in paths:
-        with contextlib.suppress(OSError):
-            if not files.is_remote(path) and files.is_special(path):
-                raise DataError(f"{path} is a pipe or a device; expected a file: write it to one first")
-
-
-def _is_gzipped(path: str) -> bool:
-    return (
-        path.split("?")[0].endswith((".gz", ".tgz"))
-        if files.is_remote(path)
-        else path.endswith((".gz", ".tgz"))
-    )
-
-
-def _plain(name: str) -> str:
-    return name.removesuffix(".gz") if name.endswith(".gz") else name.replace(".tgz", ".tar")

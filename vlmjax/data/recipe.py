@@ -1,0 +1,111 @@
+"""What a recipe says of its data, as objects: the same ones for training and for those who look over its shoulder."""
+
+import contextlib
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from vlmjax.data import bpe, mixture, text
+from vlmjax.data.augment import TrainTransform
+from vlmjax.data.pipeline import TrainData
+from vlmjax.data.plan import permute
+from vlmjax.data.sources import Source, captions_of, open_sources
+from vlmjax.errors import DataError, HubError, RecipeError
+
+# Captions read to train a "bpe:N" tokenizer; more change its merges little.
+BPE_CAPTIONS = 20_000
+SMALLEST_BPE = 514  # 2 x 256 bytes and two special tokens
+
+
+@contextlib.contextmanager
+def naming(key: str) -> Iterator[None]:
+    """What cannot be opened inside is a mistake of the recipe: a RecipeError that names the key that led there."""
+    try:
+        yield
+    except (DataError, HubError) as error:
+        raise RecipeError(f"config.{key}: {error}") from error
+
+
+def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
+    """The sources that `recipe.data` names, and the share of the run that each supplies."""
+    with naming("data.train"):
+        size, exclude = recipe.model.image.image_size, recipe.data.exclude or None
+        columns = {
+            "image_column": recipe.data.image_column or None,
+            "caption_columns": tuple(recipe.data.caption_columns) or None,
+        }
+        sources = open_sources(
+            recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude, **columns
+        )
+    with naming("data.weights"):
+        return sources, mixture.shares(
+            [len(source) for source in sources], recipe.data.mix, recipe.data.weights
+        )
+
+
+def tokenizer_name(recipe: Any) -> str:
+    """The folder, id or "bpe:N" that a recipe's tokenizer comes from; no "bpe:N" replaces that of an imported model."""
+    name, source = recipe.data.tokenizer, recipe.init_from
+    return source if source and (not name or name.startswith("bpe:")) else name
+
+
+def open_tokenizer(name: str, source: Source | None, max_length: int) -> text.Tokenizer:
+    """A tokenizer by its folder or hub id; "bpe:N" learns one of N tokens from captions of `source`.
+
+    Raises:
+        DataError: nothing readable there, or no such size.
+    """
+    if not name.startswith("bpe:"):
+        return text.load(name, max_length)
+    size = name.removeprefix("bpe:")
+    if not size.isdigit() or int(size) < SMALLEST_BPE:
+        raise DataError(f"{name!r}: expected 'bpe:' and a number from {SMALLEST_BPE}, e.g. 'bpe:1024'")
+    with tempfile.TemporaryDirectory() as folder:
+        bpe.train_bpe(sample_captions(source), int(size), folder, model_max_length=max_length)
+        return text.load(folder, max_length)
+
+
+def sample_captions(source: Source) -> Iterator[str]:
+    """Captions from all over a source, so that every part of it gives its words; an unreadable record has none."""
+    left = BPE_CAPTIONS
+    order = permute(np.arange(min(left, len(source))), len(source), seed=0, epoch=0)
+    for i in order.tolist():
+        try:
+            captions = captions_of(source, i)[:left]
+        except Exception:  # of whatever kind: training meets this record again, counts it and says why
+            captions = ()
+        yield from captions
+        left -= max(len(captions), 1)  # records without any count too: the search ends
+        if left <= 0:
+            return
+
+
+def train_data(
+    recipe: Any,
+    sources: list[Source],
+    shares: tuple[float, ...],
+    tokenizer: text.Tokenizer,
+    image_size: int | tuple[int, int],
+    **options: Any,
+) -> TrainData:
+    """The batches of a recipe: random crops and colours that end at the model's image size, captions, tokens.
+
+    `options` are those of TrainData that no recipe holds, or that go before what it says.
+    """
+    data, background = recipe.data, tuple(recipe.data.background)
+    settings = {
+        "batch_size": recipe.batch_size,
+        "shares": shares,
+        "seed": recipe.seed,
+        "threads": data.threads or None,
+        "processes": data.processes,
+        "max_bad_share": data.max_bad_share,
+        "captions": data.captions,
+        "templates": data.templates,
+        "background": background,
+        "cache_decoded": data.cache_decoded or None,
+    }
+    transform = TrainTransform(image_size, data.augment.to_dict(), background=background)
+    return TrainData(sources, transform, tokenizer, **settings | options)
