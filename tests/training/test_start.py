@@ -18,7 +18,8 @@ from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import make_mesh
 from vlmjax.training import build
 from vlmjax.training.checkpoint import Checkpoints
-from vlmjax.training.start import init_params, start_state
+from vlmjax.training.compile import init_params, make_program
+from vlmjax.training.start import start_state
 from vlmjax.training.state import merge
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
@@ -51,10 +52,10 @@ def folder(tmp_path_factory):
 
 
 def started(recipe, mesh, checkpoints, frozen=()):
+    recipe.frozen = frozen
     model = build.make_model(recipe, Words())
-    state, data, _ = start_state(
-        recipe, model, lambda *_: optax.scale_by_adam(), frozen, mesh, Checkpoints(str(checkpoints))
-    )
+    program = make_program(recipe, model, mesh, optax.constant_schedule(0.1))
+    state, data = start_state(recipe, model, program, mesh, Checkpoints(str(checkpoints)))
     return model, state, data
 
 
