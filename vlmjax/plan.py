@@ -27,6 +27,12 @@ flags.DEFINE_string(
 )
 flags.DEFINE_integer("devices", 0, "Instead: so many simulated devices of this machine.", flag_values=FLAGS)
 flags.DEFINE_string("json", "", "Also write the plan to this file; a list for several.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "hlo",
+    "",
+    "Also write the program that XLA scheduled, of a single topology, to this file.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_integer(
     "examples", None, "Size of the data, where it cannot be opened here.", 1, flag_values=FLAGS
 )
@@ -52,7 +58,10 @@ def plan(options: flags.FlagValues) -> None:
     """
     names = _names(options)
     recipe = None if options.loss else command_line.checked_recipe(options)
-    _check_writable(options.json)
+    if options.hlo and len(names) > 1:
+        raise PlanError("--hlo takes the program of one topology")
+    for flag in ("json", "hlo"):
+        _check_writable(flag, options[flag].value)
     prepare_environment(names)
     from vlmjax.planning import report
     from vlmjax.planning.topologies import check_installed
@@ -68,6 +77,9 @@ def plan(options: flags.FlagValues) -> None:
         print(report.table(report.COLUMNS, report.rows(plans)))
         for made in plans:
             print(*(f"{made.name.text}: {line}" for line in made.warnings()), sep="\n", end="")
+    if options.hlo:
+        Path(options.hlo).write_text(plans[0].compiled.text)
+        print(f"wrote {options.hlo}")
     if options.json:
         found = [made.to_json() for made in plans]
         Path(options.json).write_text(json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n")
@@ -83,7 +95,7 @@ def _names(options: flags.FlagValues) -> list[Name]:
     return names or [local_name(options.devices)]
 
 
-def _check_writable(path: str) -> None:
+def _check_writable(flag: str, path: str) -> None:
     """Raise PlanError for a file that cannot be written, before minutes of compiling."""
     if not path:
         return
@@ -93,7 +105,7 @@ def _check_writable(path: str) -> None:
             pass
     except OSError as error:
         raise PlanError(
-            f"--json={path}: cannot be written ({error.strerror}); name a file you may write"
+            f"--{flag}={path}: cannot be written ({error.strerror}); name a file you may write"
         ) from None
     if not existed:
         os.remove(path)

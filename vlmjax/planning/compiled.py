@@ -41,7 +41,7 @@ def compile_subject(subject: Subject, chip: Chip | None) -> Compiled:
     """Lower and compile; a program too large for a TPU is an answer, any other failure of the compiler is raised."""
     start = time.perf_counter()
     try:
-        program = subject.step.lower(*subject.arguments).compile()
+        program = subject.step.lower(*subject.arguments).compile(compiler_options=_options(chip))
     except jax.errors.JaxRuntimeError as error:
         sizes = too_large(str(error))
         if sizes is None:
@@ -62,10 +62,20 @@ def compile_subject(subject: Subject, chip: Chip | None) -> Compiled:
     )
 
 
+def _options(chip: Chip | None) -> dict[str, bool]:
+    """What only a compilation without a device needs.
+
+    Without a GPU to time them on, XLA takes Triton for every matrix product, and fails on most of our shapes; cuBLAS
+    takes them all, and most of them on a device too.
+    """
+    return {"xla_gpu_enable_triton_gemm": False} if chip and not chip.clock else {}
+
+
 def _peak(stats: Any) -> int:
-    """The largest sum of what is alive at once; the sum of all parts from a backend that does not say."""
-    parts = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    return getattr(stats, "peak_memory_in_bytes", 0) or parts + stats.temp_size_in_bytes
+    """The largest sum of what is alive at once; the sum of all parts where the backend's own figure cannot be."""
+    peak, temporary = getattr(stats, "peak_memory_in_bytes", 0), stats.temp_size_in_bytes
+    parts = stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes + temporary
+    return peak if peak >= max(temporary, stats.argument_size_in_bytes, 1) else parts
 
 
 def too_large(message: str) -> tuple[int, int] | None:

@@ -104,6 +104,7 @@ def prepare_environment(names: list[Name]) -> None:
     # libtpu asks what machine this is, and tells at length that it does not know; any answer will do.
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
     os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # jax's plugin asks libraries that ask for a driver
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     simulated = max((name.devices for name in names if name.platform == "cpu"), default=0)
     flag = "--xla_force_host_platform_device_count"

@@ -29,7 +29,8 @@ class Plan(NamedTuple):
     @property
     def seconds(self) -> float | None:
         """Predicted seconds of one call."""
-        return self.walk.compute_seconds + self.walk.exposed_seconds if self.walk else None
+        known = self.walk and self.chip
+        return self.walk.compute_seconds + self.walk.exposed_seconds if known else None
 
     @property
     def ideal_seconds(self) -> float | None:
@@ -88,8 +89,8 @@ class Plan(NamedTuple):
             "flops_formula": subject.formula,
             "ideal_seconds": self.ideal_seconds,
             "predicted_step_seconds": self.seconds,
-            "predicted_compute_seconds": walk.compute_seconds if walk else None,
-            "predicted_exposed_seconds": walk.exposed_seconds if walk else None,
+            "predicted_compute_seconds": walk.compute_seconds if self.seconds else None,
+            "predicted_exposed_seconds": walk.exposed_seconds if self.seconds else None,
             "predicted_mfu": self.mfu,
             "prediction": self.method,
             "kernel_utilisation": self.utilisation,
