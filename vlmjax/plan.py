@@ -76,7 +76,8 @@ def plan(options: flags.FlagValues) -> None:
     if len(names) > 1:
         print(report.table(report.COLUMNS, report.rows(plans)))
         for made in plans:
-            print(*(f"{made.name.text}: {line}" for line in made.warnings()), sep="\n", end="")
+            for line in made.warnings():
+                print(f"{made.name.text}: {line}")
     if options.hlo:
         Path(options.hlo).write_text(plans[0].compiled.text)
         print(f"wrote {options.hlo}")

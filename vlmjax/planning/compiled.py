@@ -1,7 +1,9 @@
 """Compilation ahead of time: what a program needs of each device's memory, or by how much it is too large."""
 
 import re
+import tempfile
 import time
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +43,7 @@ def compile_subject(subject: Subject, chip: Chip | None) -> Compiled:
     """Lower and compile; a program too large for a TPU is an answer, any other failure of the compiler is raised."""
     start = time.perf_counter()
     try:
-        program = subject.step.lower(*subject.arguments).compile(compiler_options=_options(chip))
+        program, text = _compile(subject.step.lower(*subject.arguments), chip)
     except jax.errors.JaxRuntimeError as error:
         sizes = too_large(str(error))
         if sizes is None:
@@ -58,17 +60,36 @@ def compile_subject(subject: Subject, chip: Chip | None) -> Compiled:
         output_bytes=stats.output_size_in_bytes,
         temp_bytes=stats.temp_size_in_bytes,
         peak_bytes=peak,
-        text=program.as_text(),
+        text=text,
     )
 
 
-def _options(chip: Chip | None) -> dict[str, bool]:
-    """What only a compilation without a device needs.
+def _compile(lowered: Any, chip: Chip | None) -> tuple[Any, str]:
+    """A compiled program and the text of its schedule.
 
     Without a GPU to time them on, XLA takes Triton for every matrix product, and fails on most of our shapes; cuBLAS
-    takes them all, and most of them on a device too.
+    takes them all, and most of them on a device too. A TPU's program is dumped as well: libtpu 0.0.52 makes some
+    programs with asynchronous operations that it then cannot hand out as text (its check of async-update).
     """
-    return {"xla_gpu_enable_triton_gemm": False} if chip and not chip.clock else {}
+    if chip is None:
+        program = lowered.compile()
+        return program, program.as_text()
+    if not chip.clock:
+        program = lowered.compile(compiler_options={"xla_gpu_enable_triton_gemm": False})
+        return program, program.as_text()
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        program = lowered.compile(compiler_options=options)
+        try:
+            return program, program.as_text()
+        except jax.errors.JaxRuntimeError:
+            return program, dumped(Path(folder))
+
+
+def dumped(folder: Path) -> str:
+    """The scheduled program that libtpu dumped, the largest of several; empty where it left none."""
+    found = sorted(folder.glob("*.after_codegen.txt"), key=lambda path: path.stat().st_size)
+    return found[-1].read_text() if found else ""
 
 
 def _peak(stats: Any) -> int:

@@ -54,6 +54,8 @@ def parse(text: str) -> Module:
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
     for line in text.splitlines():
+        if not line.strip():
+            continue
         if not line.startswith(" "):
             header = _COMPUTATION.match(line)
             current = computations.setdefault(header[2], []) if header else None

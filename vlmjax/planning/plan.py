@@ -12,7 +12,7 @@ from vlmjax.planning.timing import KERNEL_UTILISATION, cycles_timing, roofline_t
 from vlmjax.planning.walk import Walk, Walker
 
 CYCLES = "cycles of XLA's schedule"
-ROOFLINE = "roofline, a lower bound"
+ROOFLINE = "roofline: every kernel at peak FLOP/s or at full memory bandwidth"
 
 
 class Plan(NamedTuple):
@@ -108,7 +108,9 @@ def make_plan(name: Name, subject: Subject, utilisation: float = KERNEL_UTILISAT
     """Compile a subject for the devices it was made for, and read the program."""
     chip = chip_of(name)
     compiled = compile_subject(subject, chip)
-    walk, method = None, "the program does not fit, so there is none"
+    walk, method = None, "the compiler left no program to read"
+    if compiled.argument_bytes is None:
+        method = "a program that does not fit is not scheduled"
     if compiled.text:
         walk, method = predict(compiled.text, subject, chip, utilisation)
     return Plan(name, chip, subject, compiled, walk, method, utilisation)
