@@ -12,7 +12,7 @@ LOOP = """HloModule loop, is_scheduled=true, entry_computation_layout={(f32[8]{0
   %state = (s32[]{:T(128)}, f32[8]{0:T(256)S(1)}) parameter(0)
   %i = s32[]{:T(128)} get-tuple-element(%state), index=0
   %x = f32[8]{0} get-tuple-element(%state), index=1
-  %y = f32[8]{0:T(8,128)(2,1)S(1)} fusion(%x, /*index=1*/%x), kind=kLoop, calls=%twice, metadata={op_name="f(a)"}, backend_config={"estimated_cycles":"1500"}
+  %y = f32[8]{0:T(8,128)(2,1)S(1)} fusion(%x, /*index=1*/%x), kind=kLoop, calls=%twice, metadata={op_name="f(a)"}
   ROOT %next = (s32[], f32[8]) tuple(%i, %y)
 }
 

@@ -71,8 +71,8 @@ def test_what_there_is_not(text, said):
 def test_the_environment_is_set_before_jax(monkeypatch):
     for name in ("JAX_PLATFORMS", "TPU_SKIP_MDS_QUERY", "ALLOW_MULTIPLE_LIBTPU_LOAD", "XLA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=x")
-    prepare_environment([local_name(6)])
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_dump_to=x")
+    prepare_environment([local_name(6), parse_name("v5e:2x2")])
     assert os.environ["JAX_PLATFORMS"] == "cpu" and os.environ["ALLOW_MULTIPLE_LIBTPU_LOAD"] == "1"
     assert os.environ["XLA_FLAGS"] == "--xla_dump_to=x --xla_force_host_platform_device_count=6"
     code = "import sys, vlmjax.planning.names; print('jax' in sys.modules)"

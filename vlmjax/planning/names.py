@@ -107,6 +107,6 @@ def prepare_environment(names: list[Name]) -> None:
     os.environ["JAX_SKIP_CUDA_CONSTRAINTS_CHECK"] = "1"  # jax's plugin asks libraries that ask for a driver
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     simulated = max((name.devices for name in names if name.platform == "cpu"), default=0)
-    flag = "--xla_force_host_platform_device_count"
-    if simulated and flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {flag}={simulated}".strip()
+    if simulated:
+        given = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+        os.environ["XLA_FLAGS"] = f"{given} --xla_force_host_platform_device_count={simulated}".strip()

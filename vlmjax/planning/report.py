@@ -148,7 +148,7 @@ def _seconds(seconds: float) -> str:
     return f"{seconds:.3f} s" if seconds >= 0.1 else f"{1e3 * seconds:.3f} ms"
 
 
-def _si(value: float, unit: str) -> str:
+def _si(value: float | int, unit: str) -> str:
     """`1.2 TFLOP`."""
     for prefix in ("", "k", "M", "G", "T", "P"):
         if value < 1000 or prefix == "P":

@@ -47,9 +47,7 @@ def open_devices(name: Name) -> Sequence[Any]:
 def _local(name: Name) -> Sequence[Any]:
     found = jax.devices("cpu")
     if len(found) < name.devices:
-        raise PlanError(
-            f"--devices={name.devices}: jax sees {len(found)}; XLA_FLAGS already sets another number of devices"
-        )
+        raise PlanError(f"--devices={name.devices}: jax was started before with {len(found)}")
     return found[: name.devices]
 
 
