@@ -48,7 +48,7 @@ def test_against_a_limit(capsys, monkeypatch):
     found = search_subject(name, subject, 512, 0.92)
     said = capsys.readouterr().out.splitlines()
     assert found.compiled.fits and found.compiled.peak_bytes == 20 << 20 and found.subject.batch_size == 80
-    assert said[0].startswith("batch 512: does not fit, 0.13 of 0.02 GiB") and len(said) == len(set(said)) > 3
+    assert said[0].startswith("batch 512: does not fit, 0.12 of 0.02 GiB") and len(said) == len(set(said)) > 3
     monkeypatch.setattr(planning, "chip_of", lambda name: chip._replace(memory=1))
     with pytest.raises(DoesNotFit, match="already 8, the smallest, needs"):
         search_subject(name, subject, 16, 0.92)

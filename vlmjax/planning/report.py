@@ -28,7 +28,7 @@ def page(plan: Plan) -> str:
         for kind, row in plan.walk.collectives().items():
             counted = f"{row['sync']} synchronous, {row['async']} asynchronous, {_si(row['bytes'], 'B')}"
             lines.append(("collectives", f"{kind}: {counted}"))
-    if compiled.text:
+    if compiled.text and subject.parameters:
         lines.append(("run", _run(plan)))
     lines.append(("compile", f"{compiled.seconds:.0f} s"))
     lines += [("warning", warning) for warning in plan.warnings()]
@@ -55,9 +55,10 @@ def _memory(plan: Plan) -> list[str]:
     else:
         lines = [f"{_gib(compiled.peak_bytes)} GiB per device; nothing to compare with"]
     if compiled.argument_bytes is not None:
+        place = " (in the place of the old state)" if plan.subject.parameters else ""
         lines.append(
             f"arguments {_gib(compiled.argument_bytes)}, temporaries {_gib(compiled.temp_bytes)}, output "
-            f"{_gib(compiled.output_bytes)} GiB (a new state takes the place of the old one)"
+            f"{_gib(compiled.output_bytes)} GiB{place}"
         )
     if plan.name.platform == "cuda":
         lines.append(f"of a GPU's memory jax takes {gpu_share():.0%}: {GPU_SHARE} sets another share")

@@ -172,6 +172,4 @@ def loss_subject(batch: int, width: int, devices: Sequence[Any]) -> Subject:
         unit=batch_shards(mesh),
         flops=8 * batch**2 * width,
         formula=LOSS_FORMULA,
-        steps=None,
-        why_no_steps="the loss alone is no run",
     )
