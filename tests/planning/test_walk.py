@@ -206,3 +206,30 @@ def test_kernels_by_the_flops_they_state():
     assert found.compute_seconds == pytest.approx(2.0) and found.unknown_kernels == 0
     silent = walk(kernel.replace('"flops":"FLOPS"', ""))
     assert silent.compute_seconds == 0 and silent.unknown_kernels == 1
+
+
+def test_transfers_between_slices():
+    """Sent to the host and received from it; between two slices a sum moves the buffer twice by half."""
+    attributes = (
+        'is_host_transfer=true, frontend_attributes={_xla_host_transfer_rendezvous="sum_0",'
+        '_xla_megascale_transfer_type="ALL_REDUCE"}'
+    )
+    text = f"""HloModule m
+ENTRY %main (x: f32[8]) -> f32[8] {{
+  %x = f32[100] parameter(0)
+  %t = token[] after-all()
+  %s = (f32[100], u32[], token[]) send(%x, %t), channel_id=7, {attributes}
+  %r = (f32[100], u32[], token[]) recv(%t), channel_id=8, {attributes}
+  %w = f32[8] copy(%x), {cycles(100_000)}
+  %d = token[] send-done(%s), channel_id=7
+  ROOT %e = (f32[100], token[]) recv-done(%r), channel_id=8
+}}
+"""
+    devices = [Device(0), Device(1)]
+    devices[1].slice_index = 1
+    found = Walker(hlo.parse(text), cycles_timing(CHIP), Fabric(devices, CHIP)).run()
+    assert found.collectives() == {"all-reduce between slices": {"sync": 0, "async": 1, "bytes": 400}}
+    assert found.exposed_seconds == pytest.approx(400 - 100)
+    gathered = text.replace("ALL_REDUCE", "ALL_GATHER")
+    found = Walker(hlo.parse(gathered), cycles_timing(CHIP), Fabric([*devices, *devices], CHIP)).run()
+    assert found.exposed_seconds == pytest.approx(400 - 100)

@@ -62,6 +62,15 @@ class Fabric:
         slow = size * (outer - 1) / outer / inner / self.chip.network
         return rounds * (fast * (inner > 1) + slow)
 
+    def between_slices(self, kind: str, size: int) -> float:
+        """Seconds of the part of a collective that goes between slices, `size` bytes of each device taking part."""
+        if self.chip is None:
+            return 0.0
+        slices = len({place.island for place in self.places})
+        others = (slices - 1) / slices
+        share = {"all-reduce": 2 * others, "all-gather": slices - 1, "one-to-one": 1}.get(kind, others)
+        return share * size / self.chip.network
+
     def _island(self, device: int) -> int:
         return self.places[device].island if device < len(self.places) else 0
 

@@ -68,6 +68,7 @@ class _Computation:
 
     def __init__(self, walker: Walker, name: str):
         self.walker, self.name, self.walk = walker, name, Walk()
+        self.received: dict[str, str] = {}  # recv -> the name of its transfer
         self.open: dict[str, tuple[float, float]] = {}  # transfer -> (compute before it began, its length)
         for instruction in walker.module.computations.get(name, ()):
             self._step(instruction)
@@ -87,6 +88,8 @@ class _Computation:
             self.walk.add(self.walker._computation(instruction.called("to_apply") or ""), 1)
         elif opcode in _COPIES or opcode.startswith(KINDS):
             self._collective(instruction)
+        elif opcode in ("send", "recv", "recv-done"):
+            self._between_slices(instruction)
         elif opcode == "fusion" and self._fused(instruction):
             pass
         else:
@@ -136,6 +139,23 @@ class _Computation:
             self._begin(instruction.name, kind, size, inner.attributes)
         else:
             self._at_once(kind, size, inner.attributes)
+
+    def _between_slices(self, instruction: hlo.Instruction) -> None:
+        """A TPU's transfers between slices go through its hosts: sent, and received under the same name."""
+        if instruction.opcode == "recv-done":
+            name = self.received.get(instruction.operands[0] if instruction.operands else "", "")
+            if name in self.open:
+                self._close(*self.open.pop(name))
+            return
+        name = re.search(r'_xla_host_transfer_rendezvous="([^"]+)"', instruction.attributes)
+        kind = re.search(r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes)
+        if name and instruction.opcode == "recv":
+            self.received[instruction.name] = name[1]
+        elif name and kind:
+            first = next((f"{dtype}{list(sizes)}" for dtype, sizes in hlo.arrays(instruction.shape)), "")
+            size, how = hlo.size_of(first), kind[1].lower().replace("_", "-")
+            self._count(f"{how} between slices", "async", size)
+            self.open[name[1]] = (self.walk.compute_seconds, self.walker.fabric.between_slices(how, size))
 
     def _fused(self, instruction: hlo.Instruction) -> bool:
         """A fusion with a collective inside: on a TPU the start, a part, the end, or the whole of one.
