@@ -11,7 +11,7 @@ from training import tiny
 from vlmjax import config, export, hub
 from vlmjax.training import build
 from vlmjax.training.checkpoint import Checkpoints
-from vlmjax.training.start import init_params
+from vlmjax.training.compile import init_params
 from vlmjax.training.workdir import Workdir
 
 PIXELS = np.random.default_rng(0).normal(size=(2, 16, 16, 3)).astype(np.float32)

@@ -31,6 +31,18 @@ class NonFiniteError(UserError):
     exit_code = 77
 
 
+class PlanError(UserError):
+    """A plan that cannot be made: devices nobody builds, a compiler that is missing, a file that cannot be written."""
+
+    exit_code = 78
+
+
+class DoesNotFit(UserError):
+    """A program that needs more memory than its devices have. The plan is made, and says so."""
+
+    exit_code = 76
+
+
 class Stopped(UserError):
     """A run that was asked to stop and did so in good order: nothing is lost, the same command goes on."""
 

@@ -11,7 +11,7 @@ from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.sharding.mesh import batch_sharding
 from vlmjax.stages.contrastive import Contrastive
-from vlmjax.training.start import init_params
+from vlmjax.training.compile import init_params
 from vlmjax.training.state import make_state, state_shardings
 from vlmjax.training.step import make_train_step
 

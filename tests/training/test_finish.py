@@ -12,8 +12,8 @@ from vlmjax.data.scenes import open_scenes
 from vlmjax.errors import BadRecord
 from vlmjax.sharding.mesh import make_mesh, replicated
 from vlmjax.training import build
+from vlmjax.training.compile import init_params
 from vlmjax.training.finish import Evaluations, evaluated
-from vlmjax.training.start import init_params
 from vlmjax.training.state import TrainState
 from vlmjax.training.workdir import Workdir
 

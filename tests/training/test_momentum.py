@@ -15,7 +15,7 @@ from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.contrastive import Contrastive
-from vlmjax.training.start import init_params
+from vlmjax.training.compile import init_params
 from vlmjax.training.state import make_state, merge, state_shardings
 from vlmjax.training.step import make_train_step
 

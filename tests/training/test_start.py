@@ -18,10 +18,10 @@ from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import make_mesh
-from vlmjax.stages.stage import Stage
 from vlmjax.training import build
 from vlmjax.training.checkpoint import Checkpoints
-from vlmjax.training.start import init_params, start_state
+from vlmjax.training.compile import init_params, make_program
+from vlmjax.training.start import start_state
 from vlmjax.training.state import merge
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
@@ -54,11 +54,10 @@ def folder(tmp_path_factory):
 
 
 def started(recipe, mesh, checkpoints, frozen=()):
-    model = build.make_model(recipe, Words())
     recipe.frozen = frozen
-    state, data, _ = start_state(
-        recipe, model, lambda *_: optax.scale_by_adam(), Stage(), mesh, Checkpoints(str(checkpoints))
-    )
+    model = build.make_model(recipe, Words())
+    program = make_program(recipe, model, mesh, optax.constant_schedule(0.1))
+    state, data = start_state(recipe, model, program, mesh, Checkpoints(str(checkpoints)))
     return model, state, data
 
 
@@ -113,13 +112,12 @@ def test_sizes_and_vocabularies_that_do_not_fit(folder):
         build.make_model(tiny.recipe(init_from=str(path), model__image__image_size=32), Words(65))
 
 
-def test_heads_and_widths_that_tensor_does_not_divide_are_refused_before_anything_compiles(tmp_path):
+def test_heads_and_widths_that_tensor_does_not_divide_are_refused_before_anything_compiles():
     """Three heads over two devices: the recipe's key and what would do are named."""
 
     def start(tensor, **changes):
         config = dataclasses.replace(MODEL.config, image=dataclasses.replace(MODEL.config.image, **changes))
-        places = make_mesh(tensor=tensor), Checkpoints(str(tmp_path / "checkpoints"))
-        start_state(tiny.recipe(), Clip(config), lambda *_: optax.identity(), Stage(), *places)
+        make_program(tiny.recipe(), Clip(config), make_mesh(tensor=tensor), optax.constant_schedule(0.1))
 
     said = (
         r"config\.mesh\.tensor=2 does not divide the 3 heads of the image tower "

@@ -16,7 +16,7 @@ from vlmjax.models.vit import VitConfig
 from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.stages.stage import Stage
-from vlmjax.training.start import init_params
+from vlmjax.training.compile import init_params
 from vlmjax.training.state import make_state, merge, state_shardings
 from vlmjax.training.step import cached_value_and_grad, make_train_step, value_and_grad
 

@@ -162,11 +162,11 @@ def clip_config(recipe: Any, tokenizer: text.Tokenizer) -> ClipConfig:
     )
 
 
-def compute_dtype(recipe: Any) -> str:
+def compute_dtype(recipe: Any, platform: str = "") -> str:
     """The recipe's dtype, with "auto" resolved by the backend: CPUs compute bfloat16 more slowly than float32."""
     if recipe.model.dtype != "auto":
         return recipe.model.dtype
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
 def _with_compute(config: ClipConfig, recipe: Any) -> ClipConfig:

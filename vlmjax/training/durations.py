@@ -1,17 +1,17 @@
 """The lengths of a run in optimizer steps: its end, warm-up, and when evaluation and checkpoints are due."""
 
+from collections.abc import Sized
 from typing import Any
 
 from vlmjax.config import steps_of
-from vlmjax.data.sources import Source
 from vlmjax.errors import RecipeError
 
 
 class Durations:
     """A recipe's durations resolved against its source: epochs need to know how many records there are."""
 
-    def __init__(self, recipe: Any, source: Source):
-        """Resolve every duration of `recipe`.
+    def __init__(self, recipe: Any, source: Sized):
+        """Resolve every duration of `recipe`; of `source` only its length is asked.
 
         Raises:
           RecipeError: a batch larger than the data.

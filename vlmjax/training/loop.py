@@ -15,20 +15,17 @@ from vlmjax.errors import NonFiniteError, UserError
 from vlmjax.models import flops
 from vlmjax.sharding import distributed
 from vlmjax.sharding.mesh import check_batch_size, local_rows, make_mesh, to_global
-from vlmjax.stages.contrastive import Contrastive
 from vlmjax.training import build, finish
 from vlmjax.training.checkpoint import Checkpoints
+from vlmjax.training.compile import make_program
 from vlmjax.training.data_metrics import data_row
 from vlmjax.training.durations import Durations
 from vlmjax.training.metrics import Clock, MetricsLog, ProgressBar, Trace
-from vlmjax.training.optimizer import make_optimizer, make_schedule
+from vlmjax.training.optimizer import make_schedule
 from vlmjax.training.report import write_report
 from vlmjax.training.start import announce, start_state
-from vlmjax.training.step import make_train_step
 from vlmjax.training.stop import StopRequest
 from vlmjax.training.workdir import Workdir
-
-STAGES = {"contrastive": Contrastive}
 
 
 def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, float]:
@@ -48,7 +45,6 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     lengths = Durations(recipe, source)
     tokenizer = build.make_tokenizer(recipe, source, folder)
     model = build.make_model(recipe, tokenizer)
-    stage = STAGES[recipe.stage](recipe, model, mesh)
     schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
     checkpoints = Checkpoints(
         folder.checkpoints,
@@ -58,31 +54,18 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
     )
 
     # State: random, imported or continued, every array born in its place on the mesh
-    def optimizer_of(trainable, frozen):
-        return make_optimizer(recipe.optimizer, schedule, trainable, frozen)
-
-    state, data_state, optimizer = start_state(recipe, model, optimizer_of, stage, mesh, checkpoints)
+    program = make_program(recipe, model, mesh, schedule)
+    state, data_state = start_state(recipe, model, program, mesh, checkpoints)
     shape, rows = model.config.image.image_shape, local_rows(mesh, recipe.batch_size)
     data = train_data(recipe, sources, shares, tokenizer, shape, rows=rows)
     if data_state:
         data.restore(data_state, accept=recipe.data.accept_new_mixture)
     start = data.step
-    step_function = make_train_step(
-        stage,
-        optimizer,
-        schedule,
-        mesh,
-        seed=recipe.seed,
-        micro_batches=recipe.micro_batches,
-        ema_decay=recipe.ema.decay,
-    )
-    shardings = jax.tree.map(lambda x: x.sharding, state)
-    step_function = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
     evaluations = finish.Evaluations(recipe, model, tokenizer, mesh, folder)
     if first:
         finish.describe(folder, recipe, model, mesh)
         folder.sync()
-        announce(recipe, state, stage, mesh, lengths, start, data.mixture.describe())
+        announce(recipe, state, program.stage, mesh, lengths, start, data.mixture.describe())
     log = MetricsLog(folder, start)
     towers = {"image": "vision_model", "text": "text_model"}
     locked = [tower for tower, tree in towers.items() if tree not in state.params]
@@ -105,7 +88,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
             batch = to_global(batch, mesh, recipe.batch_size)
             trace.before(step)
             with jax.transfer_guard("disallow"):
-                state, metrics = step_function(state, batch)
+                state, metrics = program.step(state, batch)
             trace.after(step, metrics)
             if pending:
                 _check(pending, recent, folder)

@@ -1,0 +1,166 @@
+"""`python -m vlmjax.plan --config=configs/clip_vitl.py --topology=v5e:16x16`: compile for a pod you do not have."""
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from vlmjax import command_line
+from vlmjax.config import Config
+from vlmjax.errors import DoesNotFit, PlanError, RecipeError, UserError
+from vlmjax.planning.names import Name, local_name, parse_names, prepare_environment
+
+# Flags of this command alone, so that commands can be imported side by side.
+FLAGS = flags.FlagValues()
+command_line.define(FLAGS)
+flags.DEFINE_string(
+    "topology",
+    "",
+    "Devices: v4:4x4x4, v5e:16x16, v5p:8x8x8, v6e:16x16, 4xv5e:16x16 (four slices), h100:8x8 (hosts x GPUs), h200:8x8. "
+    "Several, separated by commas, become a table.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("devices", 0, "Instead: so many simulated devices of this machine.", flag_values=FLAGS)
+flags.DEFINE_string("json", "", "Also write the plan to this file; a list for several.", flag_values=FLAGS)
+flags.DEFINE_string(
+    "hlo",
+    "",
+    "Also write the program that XLA scheduled, of a single topology, to this file.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer(
+    "examples", None, "Size of the data, where it cannot be opened here.", 1, flag_values=FLAGS
+)
+flags.DEFINE_bool("search", False, "Find the largest batch that fits.", flag_values=FLAGS)
+flags.DEFINE_bool("loss", False, "Plan InfoNCE with its gradients alone, of --batch.", flag_values=FLAGS)
+flags.DEFINE_integer("batch", 32_768, "Pairs of --loss, over all devices.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("width", 1024, "Width of the features of --loss.", 1, flag_values=FLAGS)
+flags.DEFINE_float(
+    "kernel_utilisation",
+    0.92,
+    "Share of the peak that Pallas kernels, whose cycles XLA does not know, are taken to reach.",
+    0.01,
+    1.0,
+    flag_values=FLAGS,
+)
+
+
+def plan(options: flags.FlagValues) -> None:
+    """Plan what the flags describe, print it and write `--json`.
+
+    Raises:
+      UserError: see vlmjax/errors.py; DoesNotFit, after everything was told, where it fits nowhere.
+    """
+    names = _names(options)
+    recipe = None if options.loss else command_line.checked_recipe(options)
+    if options.hlo and len(names) > 1:
+        raise PlanError("--hlo takes the program of one topology")
+    for flag in ("json", "hlo"):
+        _check_writable(flag, options[flag].value)
+    prepare_environment(names)
+    from vlmjax.planning import report
+    from vlmjax.planning.topologies import check_installed
+
+    for name in names:
+        check_installed(name)
+    plans = []
+    for name in names:
+        plans.append(_plan_one(name, recipe, options))
+        if len(names) == 1:
+            print(report.page(plans[0]), flush=True)
+    if len(names) > 1:
+        print(report.table(report.COLUMNS, report.rows(plans)))
+        for made in plans:
+            for line in made.warnings():
+                print(f"{made.name.text}: {line}")
+    if options.hlo:
+        Path(options.hlo).write_text(plans[0].compiled.text)
+        print(f"wrote {options.hlo}")
+    if options.json:
+        found = [made.to_json() for made in plans]
+        Path(options.json).write_text(json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n")
+        print(f"wrote {options.json}")
+    if all(made.compiled.fits is False for made in plans):
+        raise DoesNotFit(f"does not fit {', '.join(name.text for name in names)}")
+
+
+def _names(options: flags.FlagValues) -> list[Name]:
+    names = parse_names(options.topology)
+    if bool(names) == bool(options["devices"].present):
+        raise PlanError("give --topology=v5e:16x16 or the like, or --devices=8 for simulated devices")
+    return names or [local_name(options.devices)]
+
+
+def _check_writable(flag: str, path: str) -> None:
+    """Raise PlanError for a file that cannot be written, before minutes of compiling."""
+    if not path:
+        return
+    existed = os.path.exists(path)
+    try:
+        with open(path, "a"):
+            pass
+    except OSError as error:
+        raise PlanError(
+            f"--{flag}={path}: cannot be written ({error.strerror}); name a file you may write"
+        ) from None
+    if not existed:
+        os.remove(path)
+
+
+def _plan_one(name: Name, recipe: Config | None, options: flags.FlagValues) -> Any:
+    """The plan of the flags' subject on one set of devices; with `--search`, of the largest batch that fits."""
+    from vlmjax.planning.plan import make_plan
+    from vlmjax.planning.search import search_subject
+    from vlmjax.planning.subject import loss_subject, train_subject
+    from vlmjax.planning.topologies import open_devices
+
+    devices = open_devices(name)
+
+    def subject(batch: int):
+        if recipe is None:
+            return loss_subject(batch, options.width, devices)
+        title = f"train step of {options['config'].config_filename}"
+        sized = Config({**recipe.to_dict(), "batch_size": batch}).lock()
+        return train_subject(sized, devices, title, options.examples)
+
+    batch = options.batch if recipe is None else recipe.batch_size
+    if options.search:
+        return search_subject(name, subject, batch, options.kernel_utilisation)
+    return make_plan(name, subject(batch), options.kernel_utilisation)
+
+
+def parse(arguments: Sequence[str]) -> None:
+    """Read the flags before anything heavy is imported; `--help` and mistakes end the program here."""
+    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
+        print(__doc__ + FLAGS.get_help().partition(":")[2])
+        sys.exit(0)
+    try:
+        rest = command_line.parse(arguments, FLAGS)
+        if len(rest) > 1:
+            raise RecipeError(f"unexpected argument {rest[1]!r}: values are given as --config.key=value")
+    except UserError as error:
+        _stop(error)
+
+
+def _stop(error: UserError) -> None:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(error.exit_code)
+
+
+def main() -> None:
+    """Plan; user errors end as one line and a documented exit code."""
+    try:
+        plan(FLAGS)
+    except UserError as error:
+        logging.debug("stopped by", exc_info=True)
+        _stop(error)
+
+
+if __name__ == "__main__":
+    parse(sys.argv)
+    main()

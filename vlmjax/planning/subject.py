@@ -1,0 +1,175 @@
+"""What is planned: the train step of a recipe, or the loss alone, as a jitted function with abstract arguments."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from vlmjax.config import Config
+from vlmjax.data import text
+from vlmjax.errors import DataError, RecipeError, UserError
+from vlmjax.losses.contrastive import info_nce
+from vlmjax.models import flops
+from vlmjax.sharding.mesh import batch_sharding, batch_shards, check_batch_size, make_mesh, replicated
+from vlmjax.training import build
+from vlmjax.training.compile import compiler_options, make_program
+from vlmjax.training.durations import Durations
+from vlmjax.training.optimizer import make_schedule
+from vlmjax.training.state import count
+
+STEP_FORMULA = (
+    "3 x forward matrix products (frozen towers 1 x), recomputation not counted: models/flops.py train_flops"
+)
+LOSS_FORMULA = "8 N^2 D: similarities once forward and once backward, and the gradients of both sides"
+
+
+class Subject(NamedTuple):
+    """A program to plan. Sizes are of the whole program, over all devices."""
+
+    title: str
+    step: Any  # jitted
+    arguments: tuple
+    mesh: Mesh
+    batch_size: int
+    unit: int  # batch sizes are multiples of it
+    flops: int  # model FLOPs of one call
+    formula: str
+    parameters: int = 0
+    trainable: int = 0
+    steps: int | None = None  # of the whole run
+    why_no_steps: str = ""
+
+
+class Vocabulary(text.Tokenizer):
+    """As much of a tokenizer as the shapes of a model depend on: how many tokens there are, the last one ends."""
+
+    def __init__(self, vocab_size: int):
+        """Ids in the order of CLIP's vocabulary."""
+        self.vocab_size, self.bos_token_id = vocab_size, vocab_size - 2
+        self.eos_token_id = self.pad_token_id = vocab_size - 1
+
+    def encode(self, text: str) -> list[int]:
+        """A text without words."""
+        return [self.bos_token_id, self.eos_token_id]
+
+
+def train_subject(recipe: Config, devices: Sequence[Any], title: str, examples: int | None = None) -> Subject:
+    """The train step of a validated recipe on some devices, through the function that training uses.
+
+    Neither data nor tokenizer need be there. `examples` is the size of the data where it cannot be opened.
+
+    Raises:
+      RecipeError: what training itself would say about recipe and devices.
+    """
+    recipe = for_platform(recipe, devices[0].platform)
+    mesh = make_mesh(**recipe.mesh.to_dict(), devices=devices)
+    check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
+    lengths, why = _lengths(recipe, examples)
+    optimizer = recipe.optimizer
+    if lengths:
+        schedule = make_schedule(optimizer, lengths.total, lengths.warmup, lengths.cooldown)
+    else:  # its numbers are constants of the program, and do not change what it needs
+        schedule = optax.constant_schedule(optimizer.learning_rate)
+    model = build.make_model(recipe, vocabulary(recipe))
+    program = make_program(recipe, model, mesh, schedule)
+    params = program.state.params
+    locked = [
+        name for name, tree in (("image", "vision_model"), ("text", "text_model")) if tree not in params
+    ]
+    return Subject(
+        title=title,
+        step=program.step,
+        arguments=(program.state, program.batch),
+        mesh=mesh,
+        batch_size=recipe.batch_size,
+        unit=batch_shards(mesh) * recipe.micro_batches,
+        flops=flops.train_flops(model.config, recipe.batch_size, locked=locked),
+        formula=STEP_FORMULA,
+        parameters=count(params) + count(program.state.frozen),
+        trainable=count(params),
+        steps=lengths.total if lengths else None,
+        why_no_steps=why,
+    )
+
+
+def for_platform(recipe: Config, platform: str) -> Config:
+    """The recipe with what depends on the backend resolved for the devices planned for, not for this machine."""
+    copy = Config(recipe.to_dict())
+    copy.model.dtype = build.compute_dtype(recipe, platform)
+    return copy.lock()
+
+
+def vocabulary(recipe: Config) -> text.Tokenizer:
+    """A stand-in for the recipe's tokenizer, of its size.
+
+    Raises RecipeError where neither the recipe nor a tokenizer at hand says how many tokens there are.
+    """
+    name = build.tokenizer_name(recipe)
+    if recipe.init_from:
+        with build.naming("init_from"):
+            from vlmjax import hub
+
+            config = hub.load_model(recipe.init_from).config.text
+        tokenizer = Vocabulary(config.vocab_size)
+        end = getattr(config, "eos_token_id", 2)
+        tokenizer.eos_token_id = tokenizer.vocab_size - 1 if end == 2 else end
+        return tokenizer
+    if recipe.model.text.vocab_size:
+        return Vocabulary(recipe.model.text.vocab_size)
+    size = name.removeprefix("bpe:")
+    if name.startswith("bpe:") and size.isdigit() and int(size) >= build.SMALLEST_BPE:
+        return Vocabulary(int(size))
+    try:
+        return text.load(name, recipe.model.text.max_length)
+    except DataError as error:
+        raise RecipeError(
+            f"config.data.tokenizer={name!r} cannot be read ({error}): plan with the number of its tokens, "
+            "--config.model.text.vocab_size=49408"
+        ) from None
+
+
+def _lengths(recipe: Config, examples: int | None) -> tuple[Durations | None, str]:
+    """The durations of the run, or why they are not known."""
+    if examples is None and _needs_examples(recipe):
+        try:
+            sources, _ = build.open_train_sources(recipe)
+        except (UserError, OSError):
+            return None, f"config.data.train={recipe.data.train!r} cannot be opened here: give --examples=N"
+        examples = sum(len(source) for source in sources)
+    return Durations(recipe, range(examples or recipe.batch_size)), ""
+
+
+def _needs_examples(recipe: Config) -> bool:
+    optimizer = recipe.optimizer
+    return any(d["epochs"] is not None for d in (recipe.total, optimizer.warmup, optimizer.cooldown))
+
+
+def loss_subject(batch: int, width: int, devices: Sequence[Any]) -> Subject:
+    """InfoNCE alone, with its gradients, over bfloat16 features [batch, width] spread over all devices."""
+    mesh = make_mesh(devices=devices)
+    check_batch_size(batch, mesh)
+    rows, scalar = batch_sharding(mesh), replicated(mesh)
+    features = jax.ShapeDtypeStruct((batch, width), jnp.bfloat16, sharding=rows)
+    scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar)
+
+    def loss(images, texts, logit_scale):
+        return info_nce(images, texts, logit_scale, mesh=mesh)
+
+    step = jax.jit(
+        jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True),
+        out_shardings=((scalar, None), (rows, rows, scalar)),
+        compiler_options=compiler_options(mesh),
+    )
+    return Subject(
+        title=f"InfoNCE and its gradients, {batch} pairs of width {width}",
+        step=step,
+        arguments=(features, features, scale),
+        mesh=mesh,
+        batch_size=batch,
+        unit=batch_shards(mesh),
+        flops=8 * batch**2 * width,
+        formula=LOSS_FORMULA,
+    )

@@ -1,0 +1,113 @@
+"""The program of a run: the compiled step, and the shapes and places of what goes into it."""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from vlmjax.errors import RecipeError
+from vlmjax.sharding.mesh import batch_sharding
+from vlmjax.stages.contrastive import Contrastive
+from vlmjax.stages.stage import Stage
+from vlmjax.training.optimizer import make_optimizer
+from vlmjax.training.state import TrainState, make_state, split, state_shardings
+from vlmjax.training.step import make_train_step
+
+STAGES = {"contrastive": Contrastive}
+Tree = Any
+
+
+class Program(NamedTuple):
+    """What a recipe compiles to on a mesh: training runs it, planning only compiles it.
+
+    `step` is the jitted (state, batch) -> (state, metrics), which takes over the memory of its state. `state` and
+    `batch` are shapes, dtypes and shardings of its arguments. `make` turns a model's parameters into a first state.
+    """
+
+    stage: Stage
+    step: Any
+    state: TrainState
+    batch: dict[str, jax.ShapeDtypeStruct]
+    make: Callable[[Tree], TrainState]
+
+
+def make_program(recipe: Any, model: Any, mesh: Mesh, schedule: optax.Schedule) -> Program:
+    """The program of a validated recipe. Nothing is computed, so the devices of `mesh` need not exist here."""
+    check_heads(model.config, mesh)
+    stage = STAGES[recipe.stage](recipe, model, mesh)
+    frozen = (*recipe.frozen, *stage.frozen)
+    shapes = jax.eval_shape(lambda: stage.with_own_params(init_params(model, recipe.seed)))
+    optimizer = make_optimizer(recipe.optimizer, schedule, *split(shapes, frozen))
+
+    def make(params: Tree) -> TrainState:
+        whole = stage.with_own_params(params)
+        return make_state(whole, frozen, optimizer, bool(recipe.ema.decay), stage.init_extra)
+
+    abstract = jax.eval_shape(make, shapes)
+    places = state_shardings(abstract, recipe.sharding, mesh)
+    state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
+    step = make_train_step(
+        stage,
+        optimizer,
+        schedule,
+        mesh,
+        seed=recipe.seed,
+        micro_batches=recipe.micro_batches,
+        ema_decay=recipe.ema.decay,
+    )
+    step = jax.jit(
+        step, donate_argnums=0, out_shardings=(places, None), compiler_options=compiler_options(mesh)
+    )
+    return Program(stage, step, state, abstract_batch(model, recipe.batch_size, mesh), make)
+
+
+def check_heads(config: Any, mesh: Mesh) -> None:
+    """Raise RecipeError unless every tower's heads can be dealt out evenly along `tensor`."""
+    parts = mesh.shape["tensor"]
+    for name, tower in (("image", config.image), ("text", config.text)):
+        if tower.heads % parts:
+            fits = [n for n in range(1, tower.heads + 1) if tower.heads % n == 0]
+            raise RecipeError(
+                f"config.mesh.tensor={parts} does not divide the {tower.heads} heads of the {name} tower "
+                f"(config.model.{name}.heads): choose one of {', '.join(map(str, fits))}"
+            )
+
+
+def init_params(model: Any, seed: int) -> Tree:
+    """Random fp32 parameters of a dual encoder, a function of the seed alone."""
+    config = model.config
+    pixels = np.zeros((1, *config.image.image_shape, 3), np.float32)
+    ids = np.zeros((1, config.text.max_length), np.int32)
+    return model.init(jax.random.key(seed), pixels, ids, attention_mask=np.ones_like(ids))["params"]
+
+
+def abstract_batch(model: Any, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the arrays that data/pipeline.py makes, on the mesh."""
+    tokens = (model.config.text.max_length,)
+    shapes = {
+        "pixel_values": ((*model.config.image.image_shape, 3), jnp.uint8),
+        "input_ids": (tokens, jnp.int32),
+        "attention_mask": (tokens, jnp.int32),
+        "caption_id": ((), jnp.uint32),
+        "valid": ((), jnp.bool_),
+    }
+    rows = batch_sharding(mesh)
+    return {
+        name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def compiler_options(mesh: Mesh) -> Mapping[str, str] | None:
+    """What XLA is told about a program, by the kind of device it is for; None where its defaults are right.
+
+    On a TPU one transfer between neighbours waits for the other unless more are allowed; a ring sends in both
+    directions, and several blocks at once.
+    """
+    if mesh.devices.flat[0].platform == "tpu":
+        return {"xla_max_concurrent_async_collective_permutes": "16"}
+    return None
