@@ -8,6 +8,7 @@ from typing import Any
 
 from vlmjax.errors import DataError, RecipeError
 
+LOSS_FORMS = ("auto", "gather", "ring", "hierarchical")  # how pairs are computed: losses/choice.py
 UNITS = ("steps", "examples", "epochs")  # in which a duration may be given
 METRICS = {
     "zeroshot": ("top1", "top5"),
@@ -72,10 +73,8 @@ def check_values(c: Any) -> None:
 
 def _check_loss(loss: Any) -> None:
     """What each value may be, and what only one of the losses knows."""
-    from vlmjax.losses import FORMS
-
     _one_of(loss.kind, "config.loss.kind", ("softmax", "sigmoid"))
-    _one_of(loss.form, "config.loss.form", FORMS)
+    _one_of(loss.form, "config.loss.form", LOSS_FORMS)
     _one_of(loss.feature_dtype, "config.loss.feature_dtype", ("auto", "float32", "bfloat16"))
     _one_of(loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
     _one_of(loss.positives, "config.loss.positives", ("pairs", "captions"))

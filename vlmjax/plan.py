@@ -12,6 +12,7 @@ from absl import flags
 
 from vlmjax import command_line
 from vlmjax.config import Config
+from vlmjax.config_checks import LOSS_FORMS
 from vlmjax.errors import DoesNotFit, PlanError, RecipeError, UserError
 from vlmjax.planning.names import Name, local_name, parse_names, prepare_environment
 
@@ -40,6 +41,7 @@ flags.DEFINE_bool("search", False, "Find the largest batch that fits.", flag_val
 flags.DEFINE_bool("loss", False, "Plan InfoNCE with its gradients alone, of --batch.", flag_values=FLAGS)
 flags.DEFINE_integer("batch", 32_768, "Pairs of --loss, over all devices.", 1, flag_values=FLAGS)
 flags.DEFINE_integer("width", 1024, "Width of the features of --loss.", 1, flag_values=FLAGS)
+flags.DEFINE_enum("form", "auto", LOSS_FORMS, "How --loss is computed.", flag_values=FLAGS)
 flags.DEFINE_float(
     "kernel_utilisation",
     0.92,
@@ -123,7 +125,7 @@ def _plan_one(name: Name, recipe: Config | None, options: flags.FlagValues) -> A
 
     def subject(batch: int):
         if recipe is None:
-            return loss_subject(batch, options.width, devices)
+            return loss_subject(batch, options.width, devices, options.form)
         title = f"train step of {options['config'].config_filename}"
         sized = Config({**recipe.to_dict(), "batch_size": batch}).lock()
         return train_subject(sized, devices, title, options.examples)

@@ -6,8 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from vlmjax.config_checks import LOSS_FORMS
 from vlmjax.errors import RecipeError
-from vlmjax.losses import FORMS, tpu_kernel
+from vlmjax.losses import tpu_kernel
 from vlmjax.losses.tiles import Terms
 from vlmjax.losses.travel import Route, make_route
 from vlmjax.sharding.mesh import AXES, BATCH_AXES, batch_shards
@@ -44,7 +45,7 @@ def choose(
     """The form of a loss over a global batch.
 
     Args:
-      form: one of FORMS. "auto" gathers while that takes little memory and goes round a ring beyond.
+      form: one of LOSS_FORMS. "auto" gathers while that takes little memory and goes round a ring beyond.
       batch: rows of the global batch.
       width: of the features.
       mesh: None for one device.
@@ -54,8 +55,8 @@ def choose(
     Raises:
       RecipeError: an unknown form, or a hierarchy on a mesh with one axis.
     """
-    if form not in FORMS:
-        raise RecipeError(f"loss.form = {form!r}: expected one of {', '.join(FORMS)}")
+    if form not in LOSS_FORMS:
+        raise RecipeError(f"loss.form = {form!r}: expected one of {', '.join(LOSS_FORMS)}")
     if mesh is None:
         return Choice(
             "one block", Route(), TILES["cpu"], "xla", _tile_bytes(TILES["cpu"], batch, batch, width, 1)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from vlmjax.config import Config
 from vlmjax.data import text
 from vlmjax.errors import DataError, RecipeError, UserError
+from vlmjax.losses.choice import choose
 from vlmjax.losses.contrastive import info_nce
 from vlmjax.models import flops
 from vlmjax.sharding.mesh import batch_sharding, batch_shards, check_batch_size, make_mesh, replicated
@@ -147,16 +148,18 @@ def _needs_examples(recipe: Config) -> bool:
     return any(d["epochs"] is not None for d in (recipe.total, optimizer.warmup, optimizer.cooldown))
 
 
-def loss_subject(batch: int, width: int, devices: Sequence[Any]) -> Subject:
-    """InfoNCE alone, with its gradients, over bfloat16 features [batch, width] spread over all devices."""
+def loss_subject(batch: int, width: int, devices: Sequence[Any], form: str = "auto") -> Subject:
+    """InfoNCE alone, with its gradients, from bfloat16 features [batch, width] spread over all devices."""
     mesh = make_mesh(devices=devices)
     check_batch_size(batch, mesh)
     rows, scalar = batch_sharding(mesh), replicated(mesh)
     features = jax.ShapeDtypeStruct((batch, width), jnp.bfloat16, sharding=rows)
     scale = jax.ShapeDtypeStruct((), jnp.float32, sharding=scalar)
 
+    way = choose(form, batch, width, mesh, dtype=jnp.bfloat16)
+
     def loss(images, texts, logit_scale):
-        return info_nce(images, texts, logit_scale, mesh=mesh)
+        return info_nce(images, texts, logit_scale, mesh=mesh, form=form, feature_dtype=jnp.bfloat16)
 
     step = jax.jit(
         jax.value_and_grad(loss, argnums=(0, 1, 2), has_aux=True),
@@ -164,7 +167,7 @@ def loss_subject(batch: int, width: int, devices: Sequence[Any]) -> Subject:
         compiler_options=compiler_options(mesh),
     )
     return Subject(
-        title=f"InfoNCE and its gradients, {batch} pairs of width {width}",
+        title=f"InfoNCE and its gradients, {batch} pairs of width {width}: {way.describe()}",
         step=step,
         arguments=(features, features, scale),
         mesh=mesh,
