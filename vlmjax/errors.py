@@ -40,7 +40,7 @@ class PlanError(UserError):
 class DoesNotFit(UserError):
     """A program that needs more memory than its devices have. The plan is made, and says so."""
 
-    exit_code = 76
+    exit_code = 3
 
 
 class Stopped(UserError):
