@@ -12,11 +12,14 @@ from jax.sharding import PartitionSpec
 from models import tiny_models
 from sharding.small_step import dual_encoder, lowered_step
 
+from vlmjax.data.images import EvalTransform
+from vlmjax.evals.embed import Embedder
 from vlmjax.models.bert import Bert
 from vlmjax.models.text import Text
 from vlmjax.models.vit import Vit
 from vlmjax.sharding.activations import constrain, on_mesh
 from vlmjax.sharding.mesh import make_mesh
+from vlmjax.training.start import init_params
 
 EXAMPLES, HEADS, MLP = (
     '[{"data", "fsdp"}, {}, {}]',
@@ -70,6 +73,7 @@ def test_without_a_mesh_nothing_happens():
     x = jnp.ones((4, 2))
     assert constrain(x, "batch", "mlp") is x
     assert placed((4, 2), "batch", "mlp", sizes=(1, 1, 1)) is None
+    assert on_mesh(make_mesh(devices=jax.devices()[:1]))(len) is len
     mesh = make_mesh()
     inside = jax.shard_map(
         lambda part: constrain(part, "batch", None),
@@ -120,6 +124,17 @@ def test_the_train_step_hears_them_unless_one_device_has_all():
     )
     alone = make_mesh(devices=jax.devices()[:1])
     assert constraints(lowered_step(model, alone, 64).as_text()) == {}
+
+
+def test_evaluations_hear_them():
+    model, mesh = dual_encoder(depth=2), make_mesh(fsdp=8)
+    embedder = Embedder(model, None, EvalTransform(16, (16, 16)), mesh)
+    params = jax.eval_shape(lambda: init_params(model, 0))
+    pixels, ids = (
+        jax.ShapeDtypeStruct((8, *shape), kind) for shape, kind in (((16, 16, 3), "uint8"), ((12,), "int32"))
+    )
+    for lowered in (embedder._images.lower(params, pixels), embedder._texts.lower(params, ids, ids)):
+        assert {EXAMPLES: 2, HEADS: 3, MLP: 1} in constraints(lowered.as_text()).values()
 
 
 def test_parameters_travel_and_activations_do_not():

@@ -52,6 +52,9 @@ def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
     """
 
     def decorate(function: Callable) -> Callable:
+        if mesh.size == 1:
+            return function  # a mesh in context alone already changes the program that is lowered
+
         @functools.wraps(function)
         def inside(*args, **kwargs):
             with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
