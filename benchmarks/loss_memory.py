@@ -1,9 +1,9 @@
-"""What InfoNCE with its gradients takes of each device, ours beside the two usual ways, compiled for a pod that is not here.
+"""What InfoNCE with its gradients takes of each device, beside the two usual ways, for a pod that is not here.
 
 `python benchmarks/loss_memory.py --topology=v5e:16x16 --width=1024 --out=loss.json` (or h100:1x8, see docs/plan.md)
 
 - ours: `info_nce` as a recipe of that batch would have it (`loss.form = "auto"`).
-- all-gather: each device gathers all features and keeps its rows of logits for both directions (open_clip's local loss).
+- all-gather: each device gathers all features and keeps its rows of logits, both ways (open_clip's local loss).
 - GSPMD: the whole matrix of logits in one expression, cut along rows by the compiler (big_vision's softmax loss).
 
 Nothing is run: bytes are XLA's allocation, seconds its schedule's cycles (TPU) or a roofline (GPU).

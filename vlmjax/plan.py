@@ -161,6 +161,8 @@ def main() -> None:
     except UserError as error:
         logging.debug("stopped by", exc_info=True)
         _stop(error)
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 if __name__ == "__main__":

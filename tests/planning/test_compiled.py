@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 from jax.sharding import PartitionSpec
 from planning import tpu
 
@@ -99,10 +100,10 @@ def test_other_failures_of_the_compiler_are_no_answer():
 
 @tpu.needs_libtpu
 def test_a_synchronous_permute_is_told():
-    """A ring in the order of jax's list jumps across a 4 x 4 slice of v5e at the end of each row."""
-    name, devices = tpu.devices("v5e:4x4")
+    """A ring in the order of jax's list jumps across an 8 x 8 slice of v5e at the end of each row."""
+    name, devices = tpu.devices("v5e:8x8")
     mesh = jax.sharding.Mesh(devices, "x")
-    around = [(i, (i + 1) % 16) for i in range(16)]
+    around = [(i, (i + 1) % 64) for i in range(64)]
 
     def ring(x):
         return jax.shard_map(
@@ -111,13 +112,37 @@ def test_a_synchronous_permute_is_told():
         )(x)  # fmt: skip
 
     array = jax.ShapeDtypeStruct(
-        (1024, 1024), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, PartitionSpec("x"))
+        (4096, 1024), jnp.float32, sharding=jax.sharding.NamedSharding(mesh, PartitionSpec("x"))
     )
-    plan = make_plan(name, Subject("ring", jax.jit(ring), (array,), mesh, 16, 16, 1, "none"))
+    plan = make_plan(name, Subject("ring", jax.jit(ring), (array,), mesh, 64, 64, 1, "none"))
     counts = plan.to_json()["collectives"]["collective-permute"]
-    assert counts["bytes"] == 1024 * 64 * 4
-    assert bool(counts["sync"]) == any("synchronous" in warning for warning in plan.warnings())
+    assert counts == {"sync": 1, "async": 0, "bytes": 1024 * 64 * 4}
+    assert plan.warnings()[0].startswith("1 collective-permute(s) are synchronous")
+    assert plan.walk.exposed_seconds == pytest.approx(1024 * 64 * 4 / 45e9)
     assert plan._replace(walk=None).warnings() == []
+
+
+@tpu.needs_libtpu
+def test_a_kernel_states_its_flops():
+    """Mosaic's own text: the cost estimate of a Pallas call is found, and one without it is told."""
+    name, devices = tpu.devices("v5e:1x1")
+
+    def double(x_ref, o_ref):
+        o_ref[...] = x_ref[...] * 2.0
+
+    def kernel(cost):
+        def call(x):
+            return pl.pallas_call(
+                double, out_shape=jax.ShapeDtypeStruct((256, 256), jnp.float32), cost_estimate=cost
+            )(x)
+
+        return subject_of(call, (256, 256), devices)
+
+    cost = pl.CostEstimate(flops=197 * 10**9, transcendentals=0, bytes_accessed=0)
+    plan = make_plan(name, kernel(cost), utilisation=0.5)
+    assert plan.walk.compute_seconds == pytest.approx(0.002, rel=0.01) and not plan.warnings()
+    silent = make_plan(name, kernel(None))
+    assert silent.walk.unknown_kernels == 1 and "state no FLOPs" in silent.warnings()[0]
 
 
 @tpu.needs_libtpu

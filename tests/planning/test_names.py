@@ -60,6 +60,7 @@ def test_a_list_and_local_devices():
         ("1024xv5e:16x16", "at most 65536"),
         ("h100:64", "hosts x GPUs"),
         ("h100:1x16", "hosts x GPUs"),
+        ("2xh100:1x8", "hosts x GPUs"),
     ],
 )
 def test_what_there_is_not(text, said):

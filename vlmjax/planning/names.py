@@ -63,7 +63,7 @@ def parse_name(text: str) -> Name:
 
 
 def _check_gpus(name: Name) -> None:
-    if len(name.shape) != 2 or not 1 <= name.shape[1] <= 8:
+    if len(name.shape) != 2 or not 1 <= name.shape[1] <= 8 or name.slices != 1:
         raise PlanError(
             f"--topology={name.text}: expected hosts x GPUs per host, at most 8, e.g. {name.kind}:8x8"
         )
