@@ -180,8 +180,8 @@ def test_sigmoid_equals_the_oracle(form, shape):
 
 def test_auto_gathers_what_is_small_and_sends_round_what_is_not():
     mesh = mesh_of((8, 1, 1))
-    assert choice.choose("auto", 4096, 512, mesh).form == "gather"
-    large = choice.choose("auto", 1 << 20, 512, mesh)
+    assert choice.choose("auto", 1024, 512, mesh).form == "gather"
+    large = choice.choose("auto", 4096, 512, mesh)
     assert large.form == "ring" and "ring over data" in large.describe()
 
 

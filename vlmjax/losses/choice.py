@@ -13,8 +13,9 @@ from vlmjax.losses.tiles import Terms
 from vlmjax.losses.travel import Route, make_route
 from vlmjax.sharding.mesh import AXES, BATCH_AXES, batch_shards
 
-# A gathered block and the gradient it collects may take this much of a device's memory; beyond, blocks travel.
-GATHER_BYTES = 1 << 28
+# A ring waits for a link as often as it has devices. To be spared that, a gathered block and the gradient it collects
+# may take so much memory for each of them; beyond, blocks travel.
+GATHER_BYTES = 1 << 20
 # Rows of a tile, so that its fp32 scores stay in the fast memory of a TPU core (128 MiB), a GPU (50 MB), a CPU (1 MB).
 TILES = {"tpu": 2048, "gpu": 2048, "cpu": 512}
 # Platforms with a kernel of their own, and its name; elsewhere XLA computes the tiles.
@@ -66,7 +67,8 @@ def choose(
     platform, feature_bytes = mesh.devices.flat[0].platform, jnp.dtype(dtype).itemsize
     tile = TILES.get(platform, TILES["gpu"])
     if form == "auto":
-        form = "gather" if batch * width * (feature_bytes + 4) <= GATHER_BYTES else "ring"
+        small = batch * width * (feature_bytes + 4) <= devices * GATHER_BYTES
+        form = "gather" if small else "ring"
     if form == "hierarchical" and min(mesh.shape["data"], batch_shards(mesh) // mesh.shape["data"]) < 2:
         raise RecipeError(
             f"loss.form = 'hierarchical' gathers along fsdp and goes round a ring along data, but the mesh has "
