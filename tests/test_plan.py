@@ -69,7 +69,10 @@ def test_a_missing_compiler(recipe):
 
 @tpu.needs_libtpu
 def test_a_batch_that_the_devices_cannot_share(recipe):
-    refused(recipe, "--topology=v5e:2x2", "--config.batch_size=18", said="cannot be cut evenly")
+    """Of several topologies the last is looked at before the first compiles."""
+    code = "import vlmjax.planning.plan as plan\nplan.compile_subject = None"
+    listed = "--topology=v5e:2x2,v5e:2x4"
+    refused(recipe, listed, "--config.batch_size=12", said="batch_size = 12 cannot be cut evenly", code=code)
 
 
 @pytest.mark.slow
