@@ -4,7 +4,7 @@ import json
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,13 +66,23 @@ def plan(options: flags.FlagValues) -> None:
         _check_writable(flag, options[flag].value)
     prepare_environment(names)
     from vlmjax.planning import report
+    from vlmjax.planning.plan import make_plan
+    from vlmjax.planning.search import search_subject
     from vlmjax.planning.topologies import check_installed
 
     for name in names:
         check_installed(name)
+    batch = options.batch if recipe is None else recipe.batch_size
+    makers = [_subject_maker(name, recipe, options) for name in names]
+    subjects = [
+        maker(batch) for maker in makers
+    ]  # all of them first: mistakes are told before anything compiles
     plans = []
-    for name in names:
-        plans.append(_plan_one(name, recipe, options))
+    for name, maker, subject in zip(names, makers, subjects, strict=True):
+        if options.search:
+            plans.append(search_subject(name, maker, batch, options.kernel_utilisation))
+        else:
+            plans.append(make_plan(name, subject, options.kernel_utilisation))
         if len(names) == 1:
             print(report.page(plans[0]), flush=True)
     if len(names) > 1:
@@ -114,26 +124,21 @@ def _check_writable(flag: str, path: str) -> None:
         os.remove(path)
 
 
-def _plan_one(name: Name, recipe: Config | None, options: flags.FlagValues) -> Any:
-    """The plan of the flags' subject on one set of devices; with `--search`, of the largest batch that fits."""
-    from vlmjax.planning.plan import make_plan
-    from vlmjax.planning.search import search_subject
+def _subject_maker(name: Name, recipe: Config | None, options: flags.FlagValues) -> Callable[[int], Any]:
+    """The flags' subject on one set of devices, as a function of the batch size."""
     from vlmjax.planning.subject import loss_subject, train_subject
     from vlmjax.planning.topologies import open_devices
 
     devices = open_devices(name)
 
-    def subject(batch: int):
+    def subject(batch: int) -> Any:
         if recipe is None:
             return loss_subject(batch, options.width, devices, options.form)
         title = f"train step of {options['config'].config_filename}"
         sized = Config({**recipe.to_dict(), "batch_size": batch}).lock()
         return train_subject(sized, devices, title, options.examples)
 
-    batch = options.batch if recipe is None else recipe.batch_size
-    if options.search:
-        return search_subject(name, subject, batch, options.kernel_utilisation)
-    return make_plan(name, subject(batch), options.kernel_utilisation)
+    return subject
 
 
 def parse(arguments: Sequence[str]) -> None:
