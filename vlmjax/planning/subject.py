@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlmjax.config import Config
+from vlmjax.data import recipe as data_recipe
 from vlmjax.data import text
 from vlmjax.errors import DataError, RecipeError, UserError
 from vlmjax.losses.choice import choose
@@ -108,9 +109,9 @@ def vocabulary(recipe: Config) -> text.Tokenizer:
 
     Raises RecipeError where neither the recipe nor a tokenizer at hand says how many tokens there are.
     """
-    name = build.tokenizer_name(recipe)
+    name = data_recipe.tokenizer_name(recipe)
     if recipe.init_from:
-        with build.naming("init_from"):
+        with data_recipe.naming("init_from"):
             from vlmjax import hub
 
             config = hub.load_model(recipe.init_from).config.text
@@ -121,7 +122,7 @@ def vocabulary(recipe: Config) -> text.Tokenizer:
     if recipe.model.text.vocab_size:
         return Vocabulary(recipe.model.text.vocab_size)
     size = name.removeprefix("bpe:")
-    if name.startswith("bpe:") and size.isdigit() and int(size) >= build.SMALLEST_BPE:
+    if name.startswith("bpe:") and size.isdigit() and int(size) >= data_recipe.SMALLEST_BPE:
         return Vocabulary(int(size))
     try:
         return text.load(name, recipe.model.text.max_length)
@@ -136,7 +137,7 @@ def _lengths(recipe: Config, examples: int | None) -> tuple[Durations | None, st
     """The durations of the run, or why they are not known."""
     if examples is None and _needs_examples(recipe):
         try:
-            sources, _ = build.open_train_sources(recipe)
+            sources, _ = data_recipe.open_train_sources(recipe)
         except (UserError, OSError):
             return None, f"config.data.train={recipe.data.train!r} cannot be opened here: give --examples=N"
         examples = sum(len(source) for source in sources)

@@ -26,9 +26,12 @@ def ring_order(devices: Sequence[Any]) -> list[int]:
 @functools.lru_cache(maxsize=64)
 def ring_cycle(mesh: Mesh, axes: tuple[str, ...]) -> tuple[int, ...]:
     """`ring_order` of the positions along some axes of a mesh, as row-major indices over those axes."""
-    others = [i for i, name in enumerate(mesh.axis_names) if name not in axes]
-    first = mesh.devices[tuple(0 if i in others else slice(None) for i in range(mesh.devices.ndim))]
-    return tuple(ring_order(list(first.flat)))
+    return tuple(ring_order(list(devices_along(mesh.devices, mesh.axis_names, axes).flat)))
+
+
+def devices_along(grid: np.ndarray, names: Sequence[str], axes: Sequence[str]) -> np.ndarray:
+    """The devices of a mesh along some of its axes, at the first position of the others."""
+    return grid[tuple(slice(None) if name in axes else 0 for name in names)]
 
 
 def _slices(devices: Sequence[Any]) -> list[list[int]]:
