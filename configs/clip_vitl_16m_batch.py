@@ -1,14 +1,15 @@
-"""CLIP ViT-L/14 with 16,777,216 pairs in a batch, on small images: the largest batch that one v5e pod holds.
+"""CLIP ViT-L/14 with 16,777,216 pairs in a batch, on small images, on one v5e pod.
 
 The similarities would take 1 PiB. Images are 112 px and texts short, as CLIPA (2305.07017) trains large models for most
-of their run, so that a chip holds its 65,536 of them; finish with configs/clip_vitl_336.py. What is not cited is ours.
+of their run, so that a chip holds its 65,536 of them; finish with configs/clip_vitl_336.py and
+--config.model.text.max_length=32. What is not cited is our choice.
 """
 
 from vlmjax import config
 
 
 def get_config(arg=""):
-    """`configs/clip_vitl_16m_batch.py`, or `:tiny` for a laptop, which goes round the same ring."""
+    """`configs/clip_vitl_16m_batch.py`, or `:tiny` for a laptop (on simulated devices a ring as well)."""
     c = config.recipe()
     c.batch_size = 16_777_216
     c.micro_batches = 512  # gradient caching: 128 pairs a chip at a time on 256 chips

@@ -8,7 +8,7 @@ from vlmjax import config
 
 
 def get_config(arg=""):
-    """`configs/clip_vitl_1m_batch.py`, or `:tiny` for a laptop, which goes round the same ring."""
+    """`configs/clip_vitl_1m_batch.py`, or `:tiny` for a laptop (on simulated devices a ring as well)."""
     c = config.recipe()
     c.batch_size = 1_048_576
     c.micro_batches = 128  # 32 pairs a chip at a time on 256 chips
@@ -38,7 +38,7 @@ def get_config(arg=""):
     c.model.remat = "full"
 
     c.loss.form = "ring"
-    c.loss.feature_dtype = "bfloat16"  # on every backend, so that :tiny computes what the pod does
+    c.loss.feature_dtype = "bfloat16"  # on every backend
     c.loss.logit_scale_max = 100.0  # table 18
 
     c.data.train = "/data/laion-{00000..41455}.tar"  # img2dataset's layout: .jpg .txt .json

@@ -135,7 +135,10 @@ def _subject_maker(name: Name, recipe: Config | None, options: flags.FlagValues)
         if recipe is None:
             return loss_subject(batch, options.width, devices, options.form)
         title = f"train step of {options['config'].config_filename}"
-        sized = Config({**recipe.to_dict(), "batch_size": batch}).lock()
+        sized = Config({**recipe.to_dict(), "batch_size": batch})
+        if sized.loss.queue:  # a queue holds whole batches
+            sized.loss.queue = max(1, round(sized.loss.queue / batch)) * batch
+        sized.lock()
         return train_subject(sized, devices, title, options.examples)
 
     return subject

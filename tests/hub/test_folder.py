@@ -379,3 +379,16 @@ def test_importing_the_room_is_light():
         "assert vlmjax.hub.load.__name__ == 'load' and 'torch' not in sys.modules and 'transformers' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["CLIPModel", "VisionTextDualEncoderModel"])
+def test_a_bias_that_the_class_has_not_is_kept_beside(name, tmp_path):
+    """The sigmoid loss trains one; transformers reads the folder as ever, and we read the bias back."""
+    model, params = models.MODELS[name], {**models.params_of(name), "logit_bias": np.float32(-9.5)}
+    hub.save(model, params, tmp_path / "a")
+    assert json.loads((tmp_path / "a" / "config.json").read_text())["logit_bias"] == -9.5
+    loaded, again = hub.load(tmp_path / "a")
+    assert models.same(again, params)
+    hub.save(loaded, again, tmp_path / "b")
+    for file in (FILE, "config.json"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()

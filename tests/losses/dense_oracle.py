@@ -31,11 +31,14 @@ def _symmetric(images, texts, scale, ids, valid, smoothing, teacher, hardness, m
             query_teacher, key_teacher = teacher[:2] if forth else teacher[1::-1]
         if memory is not None:
             own = (memory.text_keys, memory.text_queue) if forth else (memory.image_keys, memory.image_queue)
+            own = (own[0], np.reshape(own[1], (-1, images.shape[1])))
             keys = jnp.concatenate([wide(x) for x in own])
             plain = len(set(ids)) == len(ids)
-            queue_ids = -1 - np.arange(len(own[1])) if plain else np.asarray(memory.queue_ids, np.int64)
+            queue_ids = (
+                -1 - np.arange(len(own[1])) if plain else np.asarray(memory.queue_ids, np.int64).ravel()
+            )
             key_ids = np.concatenate([ids, queue_ids])
-            known = np.concatenate([valid, np.asarray(memory.queue_valid)])
+            known = np.concatenate([valid, np.asarray(memory.queue_valid).ravel()])
             if teacher is not None:
                 key_teacher = np.concatenate([key_teacher, own[1]])
         positive = (ids[:, None] == key_ids[None, :]) & known[None, :]
@@ -59,17 +62,21 @@ def _symmetric(images, texts, scale, ids, valid, smoothing, teacher, hardness, m
 
 
 def sigmoid_oracle(images, texts, scale, bias, *, ids=None, valid=None):
-    """(loss, gradients of images, texts, scale, bias) in float64."""
+    """(loss, accuracies, gradients of images, texts, scale, bias) in float64; a row's own pair is its positive."""
     with jax.enable_x64(True):
         n = len(images)
         ids = np.arange(n) if ids is None else np.asarray(ids)
         valid = np.ones(n, bool) if valid is None else np.asarray(valid)
         known = valid[:, None] & valid[None, :]
-        sign = np.where(ids[:, None] == ids[None, :], 1.0, -1.0)
+        positive = ids[:, None] == ids[None, :]
 
         def loss(images, texts, scale, bias):
-            pairs = -jax.nn.log_sigmoid(sign * (scale * images @ texts.T + bias))
+            pairs = -jax.nn.log_sigmoid(np.where(positive, 1.0, -1.0) * (scale * images @ texts.T + bias))
             return jnp.where(known, pairs, 0.0).sum() / float(valid.sum())
 
         wide = [jnp.asarray(np.asarray(x, np.float64)) for x in (images, texts, scale, bias)]
-        return jax.tree.map(np.asarray, jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*wide))
+        value, gradients = jax.tree.map(np.asarray, jax.value_and_grad(loss, argnums=(0, 1, 2, 3))(*wide))
+        scores = np.asarray(images, np.float64) @ np.asarray(texts, np.float64).T
+        best = [np.where(known & ~positive, x, -np.inf).max(1) for x in (scores, scores.T)]
+        right = tuple((np.diag(scores) > other)[valid].sum() / valid.sum() for other in best)
+        return value, right, gradients

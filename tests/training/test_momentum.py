@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 
+from tests.losses.dense_oracle import info_nce_oracle
 from tests.training import tiny
 from vlmjax import config
 from vlmjax.errors import RecipeError
@@ -117,9 +118,10 @@ def test_the_loss_is_that_of_the_batch_against_keys_and_queue(followed):
     made = stage.encode(whole, jax.tree.map(jnp.asarray, second), jax.random.key(0))
     old, new = features(stage, states[0].extra["momentum"], 0), features(stage, state.extra["momentum"], 1)
     memory = Memory(
-        *map(jnp.asarray, (*new, *old)),
-        queue_valid=jnp.asarray(batch(0)["valid"]),
-        queue_ids=jnp.asarray(batch(0)["caption_id"]),
+        *map(jnp.asarray, new),
+        *(jnp.asarray(x)[:, None] for x in old),
+        queue_valid=jnp.asarray(batch(0)["valid"])[:, None],
+        queue_ids=jnp.asarray(batch(0)["caption_id"])[:, None],
     )
     loss, _ = info_nce(
         made["image_embeds"],
@@ -148,9 +150,26 @@ def test_meshes_and_micro_batches_change_nothing(followed):
     np.testing.assert_allclose(queue, states[-1].extra["rows"]["image_queue"], atol=1e-5)
 
 
-def test_soft_targets_and_captions_go_with_the_queue():
-    _, losses, _ = run(loss__soft_targets=0.4, loss__positives="captions")
-    assert np.isfinite(losses).all()
+def test_soft_targets_are_what_the_average_says():
+    """At the first step, without a queue, of captions that stand several times."""
+    states, losses, stage = run(loss__soft_targets=0.4, loss__positives="captions", loss__queue=0)
+    assert set(states[0].extra) == {"momentum"}
+    whole, first = merge(states[0].params, {}), batch(0)
+    made = stage.encode(whole, jax.tree.map(jnp.asarray, first), jax.random.key(0))
+    keys = features(stage, whole, 0)
+    empty = [np.zeros((BATCH, 0, 12), np.float32)] * 2
+    memory = Memory(*keys, *empty, np.zeros((BATCH, 0), bool), np.zeros((BATCH, 0), np.uint32))
+    scale = np.exp(float(whole["logit_scale"]))
+    want = info_nce_oracle(
+        made["image_embeds"],
+        made["text_embeds"],
+        scale,
+        ids=first["caption_id"],
+        valid=first["valid"],
+        memory=memory,
+        teacher=(*keys, 1 / scale, 0.4),
+    )
+    np.testing.assert_allclose(losses[0], want[0], rtol=1e-5)
 
 
 def test_a_queue_that_cannot_be():

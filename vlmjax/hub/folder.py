@@ -86,8 +86,11 @@ def load(
         shardings=places,
         where=str(path),
     )
-    config = read_config(path)
-    return model, {**params, **{name: jnp.float32(config[name]) for name in family.beside if name in config}}
+    found = {name: read_config(path).get(name) for name in family.beside}
+    return model, {
+        **params,
+        **{name: jnp.float32(value) for name, value in found.items() if value is not None},
+    }
 
 
 def load_model(folder: str | os.PathLike[str]) -> nn.Module:

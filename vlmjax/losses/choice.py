@@ -20,6 +20,7 @@ GATHER_BYTES = 1 << 20
 TILES = {"tpu": 2048, "gpu": 2048, "cpu": 512}
 # Platforms with a kernel of their own, and its name; elsewhere XLA computes the tiles.
 KERNELS = {"tpu": "pallas"}
+SMALL_CORES = ("TPU v2", "TPU v3", "TPU v4")  # 16 MiB of fast memory, an eighth of what the kernels take
 
 PLAIN = Terms()
 
@@ -41,7 +42,14 @@ class Choice(NamedTuple):
 
 
 def choose(
-    form: str, batch: int, width: int, mesh: Mesh | None, *, dtype: Any = jnp.float32, terms: Terms = PLAIN
+    form: str,
+    batch: int,
+    width: int,
+    mesh: Mesh | None,
+    *,
+    dtype: Any = jnp.float32,
+    terms: Terms | None = PLAIN,
+    slots: int | None = None,
 ) -> Choice:
     """The form of a loss over a global batch.
 
@@ -51,40 +59,51 @@ def choose(
       width: of the features.
       mesh: None for one device.
       dtype: of the features.
-      terms: the sums that the loss asks for.
+      terms: the sums that a softmax asks for; None for the sigmoid.
+      slots: with a momentum encoder, how many earlier examples its queue holds for each row.
 
     Raises:
       RecipeError: an unknown form, or a hierarchy on a mesh with one axis.
     """
     if form not in LOSS_FORMS:
         raise RecipeError(f"loss.form = {form!r}: expected one of {', '.join(LOSS_FORMS)}")
+    feature_bytes = jnp.dtype(dtype).itemsize
     if mesh is None:
-        return Choice(
-            "one block", Route(), TILES["cpu"], "xla", _tile_bytes(TILES["cpu"], batch, batch, width, 1)
-        )
+        size = _tile_bytes(TILES["cpu"], batch, batch, width, feature_bytes)
+        return Choice("one block", Route(), TILES["cpu"], "xla", size)
     axes = AXES if batch % mesh.size == 0 else BATCH_AXES
     devices = math.prod(mesh.shape[axis] for axis in axes)
-    platform, feature_bytes = mesh.devices.flat[0].platform, jnp.dtype(dtype).itemsize
-    tile = TILES.get(platform, TILES["gpu"])
+    tile = TILES.get(mesh.devices.flat[0].platform, TILES["gpu"])
+    # Keys that a queue adds are looked at alone: they and the batch's collect no gradient.
+    keys, collected = batch * (1 + (slots or 0)), 0 if slots is not None else 4
     if form == "auto":
-        small = batch * width * (feature_bytes + 4) <= devices * GATHER_BYTES
+        small = keys * width * (feature_bytes + collected) <= devices * GATHER_BYTES
         form = "gather" if small else "ring"
     if form == "hierarchical" and min(mesh.shape["data"], batch_shards(mesh) // mesh.shape["data"]) < 2:
         raise RecipeError(
             f"loss.form = 'hierarchical' gathers along fsdp and goes round a ring along data, but the mesh has "
             f"data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']}: give both at least 2, or use 'ring'"
         )
-    gather = {"gather": axes, "ring": (), "hierarchical": axes[1:]}[form]
-    route = make_route(mesh, axes, gather)
-    rows = batch // devices
-    keys = rows * route.gathered
+    route = make_route(mesh, axes, {"gather": axes, "ring": (), "hierarchical": axes[1:]}[form])
+    rows, keys = batch // devices, keys // devices * route.gathered
     copies = 1 if route.gather else 2  # a block and the one that follows it
-    # Features and their fp32 gradients; a gathered gradient exists once more while it is summed over devices.
-    block = copies * keys * width * (feature_bytes + (8 if route.gather else 4)) + rows * width * 4
+    # A gathered gradient exists once more while it is summed over devices.
+    block = (
+        copies * keys * width * (feature_bytes + collected * (2 if route.gather else 1)) + rows * width * 4
+    )
+    kernel = _kernel(mesh, route, rows, keys, width, dtype, terms)
+    return Choice(form, route, tile, kernel, block + _tile_bytes(tile, rows, keys, width, feature_bytes))
+
+
+def _kernel(
+    mesh: Mesh, route: Route, rows: int, keys: int, width: int, dtype: Any, terms: Terms | None
+) -> str:
+    """What computes a block: our kernel where there is one for these devices, this loss and these sizes."""
+    device = mesh.devices.flat[0]
     # Below some rows a device, padding them to whole tiles of the kernel costs more than it saves.
     long = rows // (2 if route.two_way else 1) >= tpu_kernel.ROWS
-    kernel = KERNELS.get(platform, "xla") if long and tpu_kernel.serves(terms, width, dtype) else "xla"
-    return Choice(form, route, tile, kernel, block + _tile_bytes(tile, rows, keys, width, feature_bytes))
+    fits = tpu_kernel.serves(terms, keys, width, dtype) and not device.device_kind.startswith(SMALL_CORES)
+    return KERNELS.get(device.platform, "xla") if long and fits else "xla"
 
 
 def _tile_bytes(tile: int, rows: int, keys: int, width: int, feature_bytes: int) -> int:

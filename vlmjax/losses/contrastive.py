@@ -1,10 +1,10 @@
 """InfoNCE over the global batch, exact at any size: the matrix of similarities never exists."""
 
-import dataclasses
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, UInt32
 
@@ -31,15 +31,16 @@ class Teacher(NamedTuple):
 class Memory(NamedTuple):
     """Keys of a momentum encoder: those of this batch in place of its own features, and a queue of earlier ones.
 
-    L2-normalised; none receives a gradient. `queue_ids` are caption ids as in `positive_ids`, used with those alone.
+    L2-normalised; none receives a gradient. A queue holds for each row of the batch `slots` earlier examples, perhaps
+    none. `queue_ids` are caption ids as in `positive_ids`, used with those alone.
     """
 
     image_keys: Float[Array, "batch width"]
     text_keys: Float[Array, "batch width"]
-    image_queue: Float[Array, "queue width"]
-    text_queue: Float[Array, "queue width"]
-    queue_valid: Bool[Array, " queue"]
-    queue_ids: UInt32[Array, " queue"]
+    image_queue: Float[Array, "batch slots width"]
+    text_queue: Float[Array, "batch slots width"]
+    queue_valid: Bool[Array, "batch slots"]
+    queue_ids: UInt32[Array, "batch slots"]
 
 
 class _Targets(NamedTuple):
@@ -100,13 +101,15 @@ def info_nce(
         raise RecipeError(f"hard_negatives = {hard_negatives}: expected a number from 0, such as 0.25")
     dtype = jnp.dtype(feature_dtype)
     batch, width = image_embeds.shape
-    terms = Terms(
-        sharpness=(1.0 + hard_negatives, hard_negatives) if hard_negatives else (1.0,),
-        several=positive_ids is not None,
-        taught=teacher is not None,
-    )
-    choice = choose(form, batch, width, mesh, dtype=dtype, terms=terms)
-    plan = Plan(choice.route, terms, choice.tile, kernel=choice.kernel)
+    if memory is not None and teacher is not None and teacher.image_embeds.shape[1] != width:
+        raise RecipeError(
+            f"the teacher's features have width {teacher.image_embeds.shape[1]}, those of the queue {width}: with a "
+            "memory the teacher is the momentum encoder itself"
+        )
+    terms = make_terms(hard_negatives, positive_ids is not None, teacher is not None)
+    slots = None if memory is None else memory.queue_valid.shape[1]
+    choice = choose(form, batch, width, mesh, dtype=dtype, terms=terms, slots=slots)
+    plan = Plan(choice.route, terms, choice.tile, both=memory is None, kernel=choice.kernel)
     ids = jnp.arange(batch, dtype=jnp.uint32) if positive_ids is None else positive_ids
     valid = jnp.ones(batch, bool) if valid is None else valid
     images = as_rows(image_embeds, ids, valid, dtype, teacher and teacher.image_embeds)
@@ -119,87 +122,74 @@ def info_nce(
         targets = targets._replace(teacher_weight=jnp.asarray(teacher.weight, jnp.float32))
     if memory is None:
         image_sums, text_sums = log_sums(plan, images, texts, scale, teacher_scale)
-        directions = [(images, [texts], image_sums), (texts, [images], text_sums)]
+        directions = [(images, texts, texts, image_sums), (texts, images, images, text_sums)]
     else:
         directions = _against_memory(plan, images, texts, memory, scale, teacher_scale)
     losses, metrics = jnp.float32(0.0), {}
     count = jnp.maximum(valid.sum(dtype=jnp.float32), 1.0)
     names = ("image_to_text_accuracy", "text_to_image_accuracy")
-    for name, (queries, keys, sums) in zip(names, directions, strict=True):
-        of_query, right = _query_losses(queries, keys, sums, scale, targets)
+    for name, (queries, pairs, keys, sums) in zip(names, directions, strict=True):
+        of_query, right = _query_losses(queries, pairs, keys, sums, scale, targets)
         losses += jnp.where(valid, of_query, 0.0).sum()
         metrics[name] = jnp.sum(valid & right, dtype=jnp.float32) / count
     return losses / (2.0 * count), metrics
 
 
+def make_terms(hard_negatives: float | int, several: bool, taught: bool) -> Terms:
+    """The sums that a softmax with these options asks for."""
+    return Terms(
+        sharpness=(1.0 + hard_negatives, hard_negatives) if hard_negatives else (1.0,),
+        several=several,
+        taught=taught,
+    )
+
+
 def _against_memory(
     plan: Plan, images: Rows, texts: Rows, memory: Memory, scale: Array, teacher_scale: Array
-) -> list[tuple[Rows, list[Rows], LogSums]]:
-    """Each modality's queries with the keys they look among, the batch's first, and their sums over all of them."""
-    plan = dataclasses.replace(plan, both=False)
-    dtype, batch = images.embeds.dtype, len(images.ids)
-    # Without caption ids a row's only positive is its pair, so no id of the queue may be that of a row.
+) -> list[tuple[Rows, Rows, Rows, LogSums]]:
+    """For both modalities: queries, the keys of their pairs, all keys they look among, and their sums over those."""
+    slots = memory.queue_valid.shape[1]
     queue_ids = memory.queue_ids
-    if not plan.terms.several:
-        queue_ids = batch + jnp.arange(len(memory.queue_valid), dtype=jnp.uint32)
+    if (
+        not plan.terms.several
+    ):  # a row's only positive is its pair, so no id of the queue may be that of a row
+        queue_ids = jnp.arange(len(images.ids) * slots, dtype=jnp.uint32).reshape(queue_ids.shape)
+        queue_ids += np.uint32(len(images.ids))
     directions = []
-    sides = ((images, memory.text_keys, memory.text_queue), (texts, memory.image_keys, memory.image_queue))
-    for queries, keys, queue in sides:
-        other = texts if queries is images else images
+    of_texts, of_images = (memory.text_keys, memory.text_queue), (memory.image_keys, memory.image_queue)
+    for queries, others, (keys, queue) in ((images, texts, of_texts), (texts, images, of_images)):
         keys, queue = jax.lax.stop_gradient((keys, queue))
-        own = as_rows(keys, other.ids, other.valid, dtype, other.teacher)
-        earlier = as_rows(queue, queue_ids, memory.queue_valid, dtype, None)
-        if (
-            plan.terms.taught
-        ):  # the teacher is the momentum encoder itself: its queue holds what it said before
-            earlier = earlier._replace(teacher=earlier.embeds.astype(jnp.float32))
-        sums = union(
-            *(log_sums(plan, queries, keys, scale, teacher_scale)[0] for keys in (own, earlier)), plan.terms
+        pairs = as_rows(keys, others.ids, others.valid, queries.embeds.dtype, others.teacher)
+        # What the momentum encoder said of earlier examples is in the queue, so that it teaches about them too.
+        teacher = None if others.teacher is None else _with_slots(others.teacher, queue)
+        bank = as_rows(
+            _with_slots(keys, queue),
+            _with_slots(others.ids, queue_ids),
+            _with_slots(others.valid, memory.queue_valid),
+            queries.embeds.dtype,
+            teacher,
         )
-        directions.append((queries, [own, earlier], sums))
+        sums = log_sums(plan, queries, bank, scale, teacher_scale)[0]
+        directions.append((queries, pairs, bank, sums))
     return directions
 
 
-def union(a: LogSums, b: LogSums, terms: Terms) -> LogSums:
-    """The sums over two disjoint sets of keys from the sums over each."""
-
-    def log_sum(x: Array, best_x: Array, y: Array, best_y: Array, best: Array, k: float = 1.0) -> Array:
-        return jnp.logaddexp(x + k * (best_x - best), y + k * (best_y - best))
-
-    best = jnp.maximum(a.best_negative, b.best_negative)
-    negative = (
-        log_sum(x, a.best_negative, y, b.best_negative, best, k)
-        for k, x, y in zip(terms.sharpness, a.negative, b.negative, strict=True)
-    )
-    result = LogSums(tuple(negative), best)
-    if terms.several:
-        count = a.positive_count + b.positive_count
-        total = a.positive_mean * a.positive_count + b.positive_mean * b.positive_count
-        best = jnp.maximum(a.best_positive, b.best_positive)
-        result = dataclasses.replace(
-            result,
-            positive=log_sum(a.positive, a.best_positive, b.positive, b.best_positive, best),
-            positive_mean=total / jnp.maximum(count, 1.0),
-            positive_count=count,
-            best_positive=best,
-        )
-    if terms.taught:
-        share = jax.nn.sigmoid(a.teacher - b.teacher)
-        taught = share * a.taught + (1.0 - share) * b.taught
-        result = dataclasses.replace(result, taught=taught, teacher=jnp.logaddexp(a.teacher, b.teacher))
-    return result
+def _with_slots(rows: Array, slots: Array) -> Array:
+    """[batch, ...] and [batch, slots, ...] as [batch * (1 + slots), ...]; each row's stay where the row is."""
+    together = jnp.concatenate([rows[:, None], slots.astype(rows.dtype)], axis=1)
+    return together.reshape(-1, *together.shape[2:])
 
 
 def _query_losses(
-    queries: Rows, keys: list[Rows], sums: LogSums, scale: Array, targets: _Targets
+    queries: Rows, pairs: Rows, keys: Rows, sums: LogSums, scale: Array, targets: _Targets
 ) -> tuple[Float[Array, " queries"], Bool[Array, " queries"]]:
-    """Cross-entropy of each query, and whether one of its positives scores best.
+    """Cross-entropy of each query, whose pair is the same row of `pairs`, and whether a positive scores best.
 
     That is log of the sum of exponentials minus the mean score under its targets; large numbers are subtracted from
     each other first, so that what is left keeps its digits.
     """
-    pair = scale * jnp.sum(queries.embeds.astype(jnp.float32) * keys[0].embeds.astype(jnp.float32), 1)
-    count = sum(side.valid.sum(dtype=jnp.float32) for side in keys)
+    pair = scale * jnp.sum(queries.embeds.astype(jnp.float32) * pairs.embeds.astype(jnp.float32), 1)
+    count = keys.valid.sum(dtype=jnp.float32)
     positives = jnp.ones_like(pair) if sums.positive is None else sums.positive_count
     negative, best = _negatives(sums, count - positives, targets.hard_negatives), sums.best_negative
     if sums.positive is None:
@@ -211,7 +201,7 @@ def _query_losses(
         losses += sums.positive + (best_positive - hard)
     wanted = hard
     if targets.label_smoothing:
-        mean = sum(side.embeds.astype(jnp.float32).sum(0) for side in keys) / jnp.maximum(count, 1.0)
+        mean = keys.embeds.astype(jnp.float32).sum(0) / jnp.maximum(count, 1.0)
         everything = scale * jnp.matmul(
             queries.embeds.astype(jnp.float32), mean, precision=jax.lax.Precision.HIGHEST
         )

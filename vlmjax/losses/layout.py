@@ -23,7 +23,7 @@ class Plan:
     tile: int = 1024  # rows and columns of a tile, at most
     both: bool = True  # sums of keys over queries too; False: keys are a bank, without sums or gradient
     kernel: str = (
-        "xla"  # what computes a block: xla | pallas (TPU) | interpreted (the same kernel, anywhere, slowly)
+        "xla"  # what computes a block: xla | pallas (TPU) | interpreted (that kernel anywhere, slowly)
     )
 
 
@@ -34,8 +34,9 @@ def padded(plan: Plan, queries: Tree, keys: Tree) -> tuple:
     """
     counts = tuple(len(jax.tree.leaves(side)[0]) for side in (queries, keys))
     parts = 2 if plan.route.two_way else 1
-    multiple = 8 if plan.kernel == "xla" else tpu_kernel.ROWS
-    tiles = [tile_rows(count, plan.tile, n, multiple) for count, n in zip(counts, (1, parts), strict=True)]
+    tiles = [tile_rows(count, plan.tile, n) for count, n in zip(counts, (1, parts), strict=True)]
+    if plan.kernel != "xla":  # it cuts blocks itself
+        tiles = [tpu_kernel.ROWS, tpu_kernel.ROWS]
     padded = (
         pad_rows(side, -(-count // unit) * unit)
         for side, count, unit in zip((queries, keys), counts, (tiles[0], tiles[1] * parts), strict=True)
@@ -47,14 +48,11 @@ def padded(plan: Plan, queries: Tree, keys: Tree) -> tuple:
     return tuple(padded), (tiles[0], columns), counts
 
 
-def tile_rows(rows: int, most: int, parts: int = 1, multiple: int = 8) -> int:
-    """Rows of a tile, at most about `most`, so that `parts` equal parts of `rows` rows are cut with little padding.
-
-    One tile is as long as its part (with `multiple` 8, as XLA takes any length); several are a multiple of `multiple`.
-    """
+def tile_rows(rows: int, most: int, parts: int = 1) -> int:
+    """Rows of a tile, at most about `most`, so that `parts` equal parts of `rows` rows are cut with little padding."""
     part = -(-rows // parts)
     tiles = -(-part // most)
-    return part if tiles == 1 and multiple == 8 else -(-part // (multiple * tiles)) * multiple
+    return part if tiles == 1 else -(-part // (8 * tiles)) * 8
 
 
 def tile_columns(tile: int, blocks: int, most: int) -> int:

@@ -52,7 +52,7 @@ def sigmoid(
     """
     batch, width = image_embeds.shape
     dtype = jnp.dtype(feature_dtype)
-    choice = choose(form, batch, width, mesh, dtype=dtype)
+    choice = choose(form, batch, width, mesh, dtype=dtype, terms=None)
     plan = Plan(choice.route, tile=choice.tile)
     ids = jnp.arange(batch, dtype=jnp.uint32) if positive_ids is None else positive_ids
     valid = jnp.ones(batch, bool) if valid is None else valid
@@ -112,7 +112,7 @@ def _forward(plan: Plan, images: Array, texts: Array, scale: Array, bias: Array,
 
 def _backward(plan: Plan, gradients: tuple, cotangents: tuple) -> tuple:
     slope = cotangents[0]
-    return (*((slope * x).astype(x.dtype) for x in gradients), None)
+    return (*((slope * x.astype(jnp.float32)).astype(x.dtype) for x in gradients), None)
 
 
 _pairs.defvjp(_forward, _backward)

@@ -26,12 +26,13 @@ ROWS = 256  # blocks are a multiple of this long
 PART = (256, 512)
 # Gradients of so many rows stay on the core while the columns pass (v5e: 128 MiB in all).
 RESIDENT_BYTES = 16 * 2**20
+MOST_KEYS = 512 * 1024  # of which a core holds maxima and sums, 64 bytes each, twice
 _MEMORY = pltpu.CompilerParams(dimension_semantics=("arbitrary", "arbitrary"), vmem_limit_bytes=100 * 2**20)
 
 
-def serves(terms: Terms, width: int, dtype: Any) -> bool:
-    """Whether these kernels compute the sums that a loss asks for."""
-    return terms == Terms() and width % LANES == 0 and jnp.dtype(dtype) == jnp.bfloat16
+def serves(terms: Terms | None, keys: int, width: int, dtype: Any) -> bool:
+    """Whether these kernels compute the sums that a loss asks for, and those of so many keys stay on the core."""
+    return terms == Terms() and keys <= MOST_KEYS and width % LANES == 0 and jnp.dtype(dtype) == jnp.bfloat16
 
 
 def block_sums(
@@ -59,7 +60,7 @@ def _labels(rows: Rows) -> Array:
 
 
 def _tile_of(rows: int) -> int:
-    return next(size for size in (TILE, TILE // 2, rows) if rows % size == 0)
+    return TILE if rows % TILE == 0 else ROWS
 
 
 def _dot(a: Array, b: Array, axis_a: int, axis_b: int) -> Array:
@@ -161,12 +162,10 @@ def block_gradients(
         column_slopes, d_keys = Slopes(zero, (zero,)), jnp.zeros(columns.embeds.shape, jnp.float32)
     of_rows, of_columns = _packed(row_slopes), _packed(column_slopes).T
     row_labels, column_labels = _labels(rows)[:, None], _labels(columns)[None, :]
-    most = max(RESIDENT_BYTES // (4 * width), TILE)
-    chunk = next(size for size in range(min(most, m), 0, -1) if m % size == 0 and size % ROWS == 0)
+    chunk = min(m, max(RESIDENT_BYTES // (4 * width) // TILE, 1) * TILE)
 
-    def one(n: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-        d_queries, d_keys = carry
-        part = lambda x: lax.dynamic_slice_in_dim(x, n * chunk, chunk)  # noqa: E731
+    def some(d_queries: Array, d_keys: Array, start: Array | int, count: int) -> tuple[Array, Array]:
+        part = lambda x: lax.dynamic_slice_in_dim(x, start, count)  # noqa: E731
         d_rows, d_keys = _backward(
             part(rows.embeds),
             columns.embeds,
@@ -179,9 +178,13 @@ def block_gradients(
             scale,
             interpret,
         )
-        return lax.dynamic_update_slice_in_dim(d_queries, d_rows, n * chunk, 0), d_keys
+        return lax.dynamic_update_slice_in_dim(d_queries, d_rows, start, 0), d_keys
 
-    d_queries, d_keys = lax.fori_loop(0, m // chunk, one, (d_queries, d_keys))
+    d_queries, d_keys = lax.fori_loop(
+        0, m // chunk, lambda n, carry: some(*carry, n * chunk, chunk), (d_queries, d_keys)
+    )
+    if m % chunk:
+        d_queries, d_keys = some(d_queries, d_keys, m - m % chunk, m % chunk)
     return d_queries, d_keys if both else None
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from vlmjax.errors import PlanError
 from vlmjax.planning.chips import GIB, Chip
 from vlmjax.planning.subject import Subject
 
@@ -46,6 +47,10 @@ def compile_subject(subject: Subject, chip: Chip | None) -> Compiled:
         program, text = _compile(subject.step.lower(*subject.arguments), chip)
     except jax.errors.JaxRuntimeError as error:
         sizes = too_large(str(error))
+        if sizes is None and "RESOURCE_EXHAUSTED" in str(error):
+            raise PlanError(
+                f"{subject.title}: XLA cannot compile it: {str(error).splitlines()[0]}"
+            ) from error
         if sizes is None:
             raise
         return Compiled(time.perf_counter() - start, False, sizes[1], sizes[0])

@@ -151,7 +151,8 @@ def _needs_examples(recipe: Config) -> bool:
 
 def loss_subject(batch: int, width: int, devices: Sequence[Any], form: str = "auto") -> Subject:
     """InfoNCE alone, with its gradients, from bfloat16 features [batch, width] spread over all devices."""
-    mesh = make_mesh(devices=devices)
+    square = 2 ** (len(devices).bit_length() // 2)  # of two axes for a hierarchy, the one that is gathered
+    mesh = make_mesh(fsdp=square if form == "hierarchical" else 1, devices=devices)
     check_batch_size(batch, mesh)
     rows, scalar = batch_sharding(mesh), replicated(mesh)
     features = jax.ShapeDtypeStruct((batch, width), jnp.bfloat16, sharding=rows)

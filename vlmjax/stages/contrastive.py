@@ -7,13 +7,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from vlmjax.errors import RecipeError
 from vlmjax.losses.choice import Choice, choose
-from vlmjax.losses.contrastive import Memory, Teacher, info_nce
+from vlmjax.losses.contrastive import Memory, Teacher, info_nce, make_terms
 from vlmjax.losses.sigmoid import sigmoid
 from vlmjax.sharding.mesh import batch_shards
 from vlmjax.stages.stage import Batch, Extra, Params, Stage
@@ -46,15 +47,23 @@ class Contrastive(Stage):
 
     def _choose(self) -> tuple[Choice, str]:
         """How the loss is computed and from what: bfloat16 features where their number makes it worth its rounding."""
-        form, dtype = self.loss_config["form"], self.loss_config["feature_dtype"]
-        width = self.model.config.projection_dim
-        half = self.model.config.image.dtype == "bfloat16"
-        guess = "bfloat16" if half and dtype == "auto" else "float32" if dtype == "auto" else dtype
-        choice = choose(form, self.batch_size, width, self.mesh, dtype=guess)
-        if dtype == "auto" and guess != "float32" and not choice.route.cycle:
-            guess = "float32"
-            choice = choose(choice.form, self.batch_size, width, self.mesh, dtype=guess)
-        return choice, guess
+        loss, cfg = self.loss_config, self.model.config
+        several, taught = loss["positives"] == "captions", bool(loss["soft_targets"])
+        terms = None if loss["kind"] == "sigmoid" else make_terms(loss["hard_negatives"], several, taught)
+        slots = loss["queue"] // self.batch_size if loss["momentum"] else None
+
+        def choice(form: str, dtype: str) -> Choice:
+            size = (self.batch_size, cfg.projection_dim)
+            return choose(form, *size, self.mesh, dtype=dtype, terms=terms, slots=slots)
+
+        if loss["feature_dtype"] != "auto":
+            return choice(loss["form"], loss["feature_dtype"]), loss["feature_dtype"]
+        if cfg.image.dtype == "bfloat16":
+            half = choice(loss["form"], "bfloat16")
+            if half.route.cycle:
+                return half, "bfloat16"
+            return choice(half.form, "float32"), "float32"
+        return choice(loss["form"], "float32"), "float32"
 
     def describe(self) -> str:
         """One line for the start of a run: the loss, and what computing it takes."""
@@ -99,7 +108,7 @@ class Contrastive(Stage):
             "mesh": self.mesh,
             "valid": batch["valid"],
             "positive_ids": batch["caption_id"] if self.loss_config["positives"] == "captions" else None,
-            "form": self.loss_config["form"],
+            "form": self.choice.form,
             "feature_dtype": self.feature_dtype,
         }
         pair = (features["image_embeds"], features["text_embeds"])
@@ -127,56 +136,48 @@ class Contrastive(Stage):
     def _memory(self, features: Mapping[str, Array], extra: Extra) -> Memory | None:
         if not self.loss_config["momentum"]:
             return None
-        rows = extra["rows"]
-        flat = {name: x.reshape(-1, *x.shape[2:]) for name, x in rows.items()}
-        return Memory(
-            features["image_keys"],
-            features["text_keys"],
-            flat["image_queue"],
-            flat["text_queue"],
-            flat["queue_valid"],
-            flat["queue_ids"],
-        )
+        return Memory(features["image_keys"], features["text_keys"], **extra.get("rows", self._empty_queue()))
 
-    def init_extra(self, trainable: Params) -> Extra:
-        """A copy of the parameters as momentum encoder, and a queue in which nothing counts yet.
+    def _empty_queue(self) -> dict[str, Array]:
+        """A queue in which nothing counts yet: for each row of the batch, some earlier examples.
 
-        Queues are [batch, batches, width]: an example's features stay on the device that held its row.
+        So an example's features stay on the device that held its row.
         """
-        if not self.loss_config["momentum"]:
-            return {}
         shape = (self.batch_size, self.loss_config["queue"] // self.batch_size)
         empty = jnp.zeros((*shape, self.model.config.projection_dim), jnp.float32)
-        rows = {
+        return {
             "image_queue": empty,
             "text_queue": empty,
             "queue_valid": jnp.zeros(shape, bool),
             "queue_ids": jnp.zeros(shape, jnp.uint32),
         }
-        return {
-            "momentum": jax.tree.map(jnp.copy, trainable),
-            "rows": rows,
-            "slot": jnp.zeros((), jnp.int32),
-        }
+
+    def init_extra(self, trainable: Params) -> Extra:
+        """With momentum, a copy of the parameters as its encoder, and the queue if there is one."""
+        if not self.loss_config["momentum"]:
+            return {}
+        extra = {"momentum": jax.tree.map(jnp.copy, trainable)}
+        if not self.loss_config["queue"]:
+            return extra
+        return {**extra, "rows": self._empty_queue(), "slot": jnp.zeros((), jnp.int32)}
 
     def carry_on(self, extra: Extra, trainable: Params, features: Mapping[str, Array], batch: Batch) -> Extra:
         """The momentum encoder a little nearer to the parameters, the batch's keys in place of the oldest ones."""
         if not extra:
             return extra
-        share = jnp.float32(1.0 - self.loss_config["momentum"])
-        momentum = jax.tree.map(lambda old, new: old + share * (new - old), extra["momentum"], trainable)
+        share = 1.0 - self.loss_config["momentum"]
+        momentum = optax.incremental_update(trainable, extra["momentum"], share)
+        if "rows" not in extra:
+            return {"momentum": momentum}
         new = {
             "image_queue": features["image_keys"],
             "text_queue": features["text_keys"],
             "queue_valid": batch["valid"],
             "queue_ids": batch["caption_id"],
         }
-        slots = extra["rows"]["queue_valid"].shape[1]
-        if not slots:
-            return {**extra, "momentum": momentum}
         put = jax.lax.dynamic_update_index_in_dim
         rows = {name: put(old, new[name], extra["slot"], 1) for name, old in extra["rows"].items()}
-        slot = (extra["slot"] + 1) % np.int32(slots)
+        slot = (extra["slot"] + 1) % np.int32(rows["queue_valid"].shape[1])
         return {"momentum": momentum, "rows": rows, "slot": slot}
 
     def project(self, params: Params) -> Params:
