@@ -40,6 +40,8 @@ def check_values(c: Any) -> None:
     for name in ("batch_size", "micro_batches", "log_every"):
         _at_least(c[name], 1, f"config.{name}")
     _at_least(c.seed, 0, "config.seed")
+    if c.seed >= 2**63:
+        raise RecipeError(f"config.seed={c.seed}: expected a number below 2**63")
     for name in ("width", "depth", "heads", "mlp_dim"):
         for tower in ("image", "text"):
             _at_least(c.model[tower][name], 1, f"config.model.{tower}.{name}")
@@ -89,6 +91,9 @@ def _check_loss(loss: Any) -> None:
     _in_range(loss.soft_targets, 0, 1, "config.loss.soft_targets", closed=True)
     for name in ("hard_negatives", "queue"):
         _at_least(loss[name], 0, f"config.loss.{name}")
+    for name in ("hard_negatives", "logit_bias_init", "logit_scale_init"):
+        if not math.isfinite(loss[name]):
+            raise RecipeError(f"config.loss.{name}={loss[name]}: expected a finite number")
     for name in ("queue", "soft_targets"):
         if loss[name] and not loss.momentum:
             raise RecipeError(

@@ -16,6 +16,7 @@ from vlmjax.config_checks import LOSS_FORMS
 from vlmjax.errors import DoesNotFit, PlanError, RecipeError, UserError
 from vlmjax.planning.names import Name, local_name, parse_names, prepare_environment
 
+MOST_PAIRS = 2**36
 # Flags of this command alone, so that commands can be imported side by side.
 FLAGS = flags.FlagValues()
 command_line.define(FLAGS)
@@ -62,6 +63,7 @@ def plan(options: flags.FlagValues) -> None:
     recipe = None if options.loss else command_line.checked_recipe(options)
     if options.hlo and len(names) > 1:
         raise PlanError("--hlo takes the program of one topology")
+    _check_together(options)
     for flag in ("json", "hlo"):
         _check_writable(flag, options[flag].value)
     prepare_environment(names)
@@ -73,10 +75,11 @@ def plan(options: flags.FlagValues) -> None:
     for name in names:
         check_installed(name)
     batch = options.batch if recipe is None else recipe.batch_size
+    _check_size(batch)
     makers = [_subject_maker(name, recipe, options) for name in names]
-    subjects = [
-        maker(batch) for maker in makers
-    ]  # all of them first: mistakes are told before anything compiles
+    # All of them first: mistakes are told before anything compiles.
+    subjects = [maker(batch) for maker in makers]
+    print("compiling; minutes for a large model", file=sys.stderr, flush=True)
     plans = []
     for name, maker, subject in zip(names, makers, subjects, strict=True):
         if options.search:
@@ -91,28 +94,59 @@ def plan(options: flags.FlagValues) -> None:
             for line in made.warnings():
                 print(f"{made.name.text}: {line}")
     if options.hlo:
-        Path(options.hlo).write_text(plans[0].compiled.text)
-        print(f"wrote {options.hlo}")
+        _write(options.hlo, plans[0].compiled.text)
     if options.json:
         found = [made.to_json() for made in plans]
-        Path(options.json).write_text(json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n")
-        print(f"wrote {options.json}")
+        _write(options.json, json.dumps(found[0] if len(found) == 1 else found, indent=2) + "\n")
     if all(made.compiled.fits is False for made in plans):
         raise DoesNotFit(f"does not fit {', '.join(name.text for name in names)}")
+
+
+def _check_size(batch: int) -> None:
+    if batch > MOST_PAIRS:
+        raise PlanError(
+            f"a batch of {batch}: expected at most {MOST_PAIRS}, beyond which libtpu ends the process"
+        )
 
 
 def _names(options: flags.FlagValues) -> list[Name]:
     names = parse_names(options.topology)
     if bool(names) == bool(options["devices"].present):
-        raise PlanError("give --topology=v5e:16x16 or the like, or --devices=8 for simulated devices")
+        both = "both are given: " if names else ""
+        raise PlanError(f"{both}give --topology=v5e:16x16 or the like, or --devices=8 for simulated devices")
     return names or [local_name(options.devices)]
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text)
+    except OSError as error:
+        raise PlanError(f"{path}: cannot be written ({error.strerror})") from None
+    print(f"wrote {path}")
+
+
+def _check_together(options: flags.FlagValues) -> None:
+    """Refuse flags that would be ignored, and numbers that no program has."""
+    other = ("config", "examples") if options.loss else ("batch", "width", "form")
+    for flag in other:
+        if options[flag].present:
+            meant = "a recipe, without --loss" if options.loss else "--loss, without a recipe's step"
+            raise PlanError(f"--{flag} belongs to {meant}: leave one of them out")
+    if options.loss and any(argument.startswith("--config.") for argument in sys.argv):
+        raise PlanError("--config.key=value belongs to a recipe, without --loss: leave one of them out")
+    if options.kernel_utilisation != options.kernel_utilisation:
+        raise PlanError("--kernel_utilisation=nan: expected a number from 0.01 to 1")
+    if options.json and os.path.realpath(options.json) == os.path.realpath(options.hlo or os.devnull):
+        raise PlanError(f"--json and --hlo both name {options.json}: give each its own file")
 
 
 def _check_writable(flag: str, path: str) -> None:
     """Raise PlanError for a file that cannot be written, before minutes of compiling."""
     if not path:
         return
-    existed = os.path.exists(path)
+    existed = os.path.lexists(path)
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise PlanError(f"--{flag}={path} is no file: name one that may be written")
     try:
         with open(path, "a"):
             pass

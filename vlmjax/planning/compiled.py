@@ -12,8 +12,8 @@ from vlmjax.errors import PlanError
 from vlmjax.planning.chips import GIB, Chip
 from vlmjax.planning.subject import Subject
 
-_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40}
-_SIZE = r"\(?([\d.]+)([KMGT]?)\)?"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": GIB, "T": 2**40, "P": 2**50, "E": 2**60}
+_SIZE = r"\(?([\d.]+)([KMGTPE]?)\)?"
 # libtpu's two ways to say it: of what it knows before and after it has laid out the program.
 _TOO_LARGE = (
     re.compile(rf"total memory required for [\w ]*{_SIZE} exceeds available HBM {_SIZE}"),

@@ -91,8 +91,8 @@ def _check_slice(name: Name) -> None:
 
 def local_name(devices: int) -> Name:
     """So many simulated devices of this machine's CPU."""
-    if not 1 <= devices <= 4096:
-        raise PlanError(f"--devices={devices}: expected 1 to 4096 simulated devices")
+    if not 1 <= devices <= 1024:
+        raise PlanError(f"--devices={devices}: expected 1 to 1024 simulated devices")
     return Name(f"cpu:{devices}", "cpu", (devices,))
 
 

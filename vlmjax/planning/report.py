@@ -73,7 +73,7 @@ def _time(plan: Plan) -> list[str]:
         f"{_seconds(plan.walk.exposed_seconds)} ({plan.method}; nothing was run)"
     ]
     lines.append(f"MFU {plan.mfu:.1%}, {plan.subject.batch_size / plan.seconds:,.0f} examples/s")
-    if plan.method == CYCLES:
+    if plan.method == CYCLES and "tpu_custom_call" in plan.compiled.text:
         lines.append(f"Pallas kernels are counted as their FLOPs at {plan.utilisation:.0%} of the peak")
     return lines
 

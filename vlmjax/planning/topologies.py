@@ -12,8 +12,8 @@ from jax.experimental import topologies
 from vlmjax.errors import PlanError
 from vlmjax.planning.names import Name
 
-LIBTPU = "libtpu is not installed, and TPU programs are compiled by it: pip install 'vlmjax[plan]' (Linux)"
-CUDA = "jax's CUDA plugin is not installed, and GPU programs are compiled by it: pip install 'vlmjax[cuda]' (Linux)"
+LIBTPU = "libtpu is not installed, and TPU programs are compiled by it: pip install -e '.[plan]' (Linux)"
+CUDA = "jax's CUDA plugin is not installed, and GPU programs are compiled by it: pip install -e '.[cuda]' (Linux)"
 _SPECS = Path(__file__).parent / "gpus"
 
 

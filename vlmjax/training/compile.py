@@ -5,7 +5,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -80,9 +79,9 @@ def check_heads(config: Any, mesh: Mesh) -> None:
 def init_params(model: Any, seed: int) -> Tree:
     """Random fp32 parameters of a dual encoder, a function of the seed alone."""
     config = model.config
-    pixels = np.zeros((1, *config.image.image_shape, 3), np.float32)
-    ids = np.zeros((1, config.text.max_length), np.int32)
-    return model.init(jax.random.key(seed), pixels, ids, attention_mask=np.ones_like(ids))["params"]
+    pixels = jnp.zeros((1, *config.image.image_shape, 3), jnp.float32)
+    ids = jnp.zeros((1, config.text.max_length), jnp.int32)
+    return model.init(jax.random.key(seed), pixels, ids, attention_mask=jnp.ones_like(ids))["params"]
 
 
 def abstract_batch(model: Any, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
