@@ -105,12 +105,34 @@ if not saved.exists():
 """
 
 
-def test_sigterm_reaches_each_task_once_and_the_job_is_requeued(cluster, tmp_path):
-    """The signal goes to the batch shell alone, as that of `--signal=B:TERM@...` before a time limit."""
+@pytest.fixture
+def counting(cluster, tmp_path):
+    """A job that runs the counter in both tasks, which wait for SIGTERM."""
     (tmp_path / "counter.py").write_text(COUNTER)
     variables = {"VLMJAX_MODULE": "counter", "PYTHONPATH": str(tmp_path), "SAVED": str(tmp_path / "saved")}
     job = Job(cluster, "none", tmp_path, **variables)
     job.until(lambda: len(list(tmp_path.glob("*.ready"))) == 2)
+    return job
+
+
+def test_a_cancelled_job_saves_and_stays_cancelled(cluster, counting, tmp_path):
+    cluster.call("scancel", counting.number)
+    state = counting.ended()
+    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), counting.output()
+    assert "back to the queue" not in counting.output()
+    assert len(list(tmp_path.glob("saved[01]"))) == 2
+
+
+def test_a_recipe_that_cannot_run_is_not_restarted(cluster, tmp_path):
+    job = Job(cluster, "none.py", tmp_path)
+    state = job.ended()
+    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "78:0"), job.output()
+    assert "exit code 78: not started again" in job.output()
+
+
+def test_sigterm_reaches_each_task_once_and_the_job_is_requeued(cluster, counting):
+    """The signal goes to the batch shell alone, as that of `--signal=B:TERM@...` before a time limit."""
+    job = counting
     cluster.call("scancel", "--batch", "--signal=TERM", job.number)
     state = job.ended()
     assert (state["JobState"], state["Restarts"]) == ("COMPLETED", "1"), job.output()
@@ -159,18 +181,3 @@ def test_a_stopped_job_is_requeued_and_goes_on(cluster, recipe, undisturbed, tmp
     assert job.output().count("ended with exit code 42") == 2
     assert "back to the queue (1 of at most" in job.output() and "starting again" not in job.output()
     np.testing.assert_array_equal(job.losses(), undisturbed)
-
-
-def test_a_cancelled_job_stays_cancelled(cluster, recipe, tmp_path):
-    job = Job(cluster, recipe, tmp_path)
-    job.reached(DISTURB)
-    cluster.call("scancel", job.number)
-    state = job.ended()
-    assert (state["JobState"], state["Restarts"]) == ("CANCELLED", "0"), job.output()
-
-
-def test_a_recipe_that_cannot_run_is_not_restarted(cluster, recipe, tmp_path):
-    job = Job(cluster, f"{recipe}:no_such_form", tmp_path)
-    state = job.ended()
-    assert (state["JobState"], state["ExitCode"]) == ("FAILED", "78:0"), job.output()
-    assert "exit code 78: not started again" in job.output()

@@ -91,6 +91,7 @@ def job(tmp_path):
             cwd=tmp_path,
         )
 
+    start.srun = lambda: (tmp_path / "srun").read_text().split()
     start.ran = lambda: len((tmp_path / "srun").read_text().splitlines())
     start.requeued = lambda: (tmp_path / "scontrol").exists()
     return start
@@ -107,9 +108,11 @@ def test_every_task_knows_its_place_and_gets_the_arguments(job):
             "print(me, os.environ['VLMJAX_NUM_PROCESSES'], os.environ['VLMJAX_COORDINATOR'], sys.argv[1:])",
             "--config=a b",
             "--workdir=c",
+            SLURM_CPUS_PER_TASK="12",
         )
     )
     assert code == 0 and job.ran() == 1
+    assert "--cpus-per-task=12" in job.srun() and "--gpu-bind=none" not in job.srun()
     for i in range(2):
         assert f"{i}: {i} 2 n1:61552 ['--config=a b', '--workdir=c']" in output
     assert "task 0 on n1: CPU" in output and "task 1 on n2: CPU" in output
