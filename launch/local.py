@@ -20,9 +20,11 @@ import threading
 import time
 from collections.abc import Sequence
 
-DONE, REQUEUE, NON_FINITE, BAD_RECIPE = 0, 42, 77, 78
-# The same run would end the same way: a loss that is not a number, a recipe that cannot run.
-NEVER_RESTART = (DONE, NON_FINITE, BAD_RECIPE)
+DONE, REQUEUE, NON_FINITE, BAD_RECIPE, INTERRUPTED = 0, 42, 77, 78, 130
+# The same run would end the same way (a loss that is not a number, a recipe that cannot run), or somebody at the
+# keyboard wanted it to end. One such process speaks for all: the others only lost a peer.
+FINAL = (NON_FINITE, BAD_RECIPE, INTERRUPTED)
+NEVER_RESTART = (DONE, *FINAL)
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -34,7 +36,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
         epilog="exit code: 0 done, 42 stopped in good order and ready to continue, 77 the loss became NaN or "
-        "infinite, 78 the recipe cannot run, otherwise that of the first process to fail",
+        "infinite, 78 the recipe cannot run, 130 stopped by Ctrl-C, otherwise that of the first process to fail",
     )
     parser.add_argument("--processes", type=_positive, default=2, help="how many (2)")
     parser.add_argument(
@@ -83,6 +85,15 @@ def child_variables(process: int, options: argparse.Namespace, port: int) -> dic
         "XLA_FLAGS": flags.strip(),
         "PYTHONUNBUFFERED": "1",
     }
+
+
+def device_map(options: argparse.Namespace) -> list[str]:
+    """Which of the run's devices each process has, one line per process."""
+    each, total = options.devices_per_process, options.processes * options.devices_per_process
+    return [
+        f"[p{i}] devices {i * each}-{(i + 1) * each - 1} of {total}, simulated on this CPU"
+        for i in range(options.processes)
+    ]
 
 
 def die_with_parent() -> None:
@@ -138,10 +149,12 @@ class Children:
                 child.send_signal(number)
 
     def result(self, grace_seconds: float) -> int:
-        """Wait for all; when one fails, end the others. Returns 0, or the code of the first that failed."""
-        first, deadline = DONE, None
+        """Wait for all; when one fails, end the others. Returns 0, a final code, or that of the first to fail."""
+        first, deadline, final = DONE, None, DONE
         for _ in self.processes:
             code = self._next(deadline)
+            if code in FINAL and final == DONE:
+                final = code
             if code != DONE and first == DONE:
                 first, deadline = code, time.monotonic() + grace_seconds
                 # After 42 the others are on their way out too, each with its part of the same checkpoint.
@@ -149,7 +162,7 @@ class Children:
                     self.signal(signal.SIGTERM)
         for reader in self._readers:
             reader.join(timeout=5.0)  # Not for ever: a grandchild may hold the pipe open.
-        return first
+        return final or first
 
     def _next(self, deadline: float | None) -> int:
         """Exit code of the next child to end, as a shell gives it; past the deadline the rest are killed."""
@@ -204,7 +217,9 @@ def main(argv: Sequence[str]) -> int:
             variables["VLMJAX_COORDINATOR"] = "127.0.0.1:PORT"
             settings = " ".join(f"{name}={shlex.quote(value)}" for name, value in variables.items())
             say(f"[p{i}] {settings} {shlex.join(command)}")
+        say("\n".join(device_map(options)))
         return DONE
+    say("\n".join(device_map(options)))
     return run(options, command)
 
 

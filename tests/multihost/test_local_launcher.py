@@ -107,6 +107,48 @@ def test_the_first_failure_ends_the_others_and_is_the_exit_code(program):
     assert time.monotonic() - began < 20
 
 
+@pytest.mark.parametrize("final", [77, 78])
+def test_what_restarting_cannot_help_outweighs_a_lost_peer(program, final):
+    """Process 1 sees its peer go and ends first; what the peer says next is still the verdict."""
+    code, output = program(
+        f"""
+import signal
+signal.signal(signal.SIGTERM, lambda *_: sys.exit({final}))
+if me == 0:
+    open(sys.argv[1] + "/ready", "w").close()
+    time.sleep(60)
+while not os.path.exists(sys.argv[1] + "/ready"):
+    time.sleep(0.05)
+sys.exit(75)
+""",
+        "--max_restarts=2",
+        "--grace_seconds=20",
+    )
+    assert code == final
+    assert "[p1] ended with exit code 75" in output and "starting again" not in output
+
+
+def test_a_killed_process_is_started_again_with_its_peers(program):
+    """The peer that would have waited for ever is ended, and both of the second try get to their end."""
+    began = time.monotonic()
+    code, output = program(
+        """
+first = not os.path.exists(sys.argv[1] + f"/seen-{me}")
+open(sys.argv[1] + f"/seen-{me}", "w").close()
+while len([name for name in os.listdir(sys.argv[1]) if name.startswith("seen")]) < 2:
+    time.sleep(0.05)
+if first and me == 1:
+    os.kill(os.getpid(), 9)
+if first:
+    time.sleep(60)
+""",
+        "--max_restarts=1",
+        "--grace_seconds=20",
+    )
+    assert code == 0 and time.monotonic() - began < 30
+    assert "exit code 137: starting again (1 of at most 1)" in output
+
+
 def test_a_process_that_ignores_sigterm_is_killed_after_the_grace(program):
     code, output = program(
         """
@@ -124,7 +166,9 @@ sys.exit(5)
     assert "[p0] ended with exit code 137" in output
 
 
-@pytest.mark.parametrize(("code", "runs"), [(42, 3), (1, 3), (77, 1), (78, 1), (0, 1)])
+@pytest.mark.parametrize(
+    ("code", "runs"), [(42, 3), (75, 3), (76, 3), (134, 3), (1, 3), (77, 1), (78, 1), (130, 1), (0, 1)]
+)
 def test_restarts(program, tmp_path, code, runs):
     """Each run leaves a mark; `--max_restarts=2` allows three."""
     found, output = program(
@@ -207,8 +251,8 @@ def test_dry_run_prints_each_command_and_runs_nothing(tmp_path):
     )
     assert code == 0
     lines = output.splitlines()
-    assert len(lines) == 2
-    for i, line in enumerate(lines):
+    assert lines[2:] == [f"[p{i}] devices {3 * i}-{3 * i + 2} of 6, simulated on this CPU" for i in range(2)]
+    for i, line in enumerate(lines[:2]):
         assert line.startswith(f"[p{i}] ") and f"VLMJAX_PROCESS_ID={i}" in line
         assert "--xla_force_host_platform_device_count=3" in line and "device_count=8" not in line
         assert line.endswith(f"-m vlmjax.main --config=a.py:tiny '--workdir={tmp_path}/a b'")

@@ -1,7 +1,9 @@
 """The same recipe gives the same losses on one device, on meshes of eight, and over two processes."""
 
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -90,6 +92,32 @@ def test_two_processes_write_what_one_continues(recipe, two_processes, one_devic
     shutil.rmtree(tmp_path / "run" / "checkpoints" / str(STEPS))
     assert sorted(os.listdir(tmp_path / "run" / "checkpoints")) == ["16"]
     alone(recipe, tmp_path / "run")
+    rows = [row for row in tiny.rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
+    np.testing.assert_allclose([row["loss"] for row in rows], one_device, rtol=1e-5)
+
+
+def test_a_killed_process_is_restarted_from_the_newest_checkpoint(recipe, one_device, tmp_path):
+    """Process 1 is killed after step 9; the launcher ends process 0, starts both, and they go on from step 8."""
+    command = [sys.executable, LAUNCHER, "--processes=2", "--devices_per_process=2", "--max_restarts=1", "--"]
+    command += [f"--config={recipe}", f"--workdir={tmp_path}/run"]
+    output, pid = "", None
+    with subprocess.Popen(
+        list(map(str, command)),
+        cwd=tiny.ROOT,
+        env=tiny.environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as launcher:
+        for line in launcher.stdout:
+            output += line
+            if found := re.match(r"\[p1\] pid (\d+)", line):
+                pid = int(found[1])
+            if "step 9/" in line and "starting again" not in output:
+                os.kill(pid, signal.SIGKILL)
+    assert launcher.returncode == 0, output
+    assert output.count("starting again (1 of at most 1)") == 1
     rows = [row for row in tiny.rows(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     np.testing.assert_allclose([row["loss"] for row in rows], one_device, rtol=1e-5)

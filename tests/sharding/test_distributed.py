@@ -1,16 +1,29 @@
 """Which processes a run expects, and who is told what when some do not come."""
 
+import os
+import re
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import pytest
 
 from vlmjax.errors import UserError
 from vlmjax.sharding import distributed
-from vlmjax.sharding.distributed import detected_cluster, explicit_settings, slurm_devices
+from vlmjax.sharding.distributed import (
+    detected_cluster,
+    explicit_settings,
+    first_host,
+    slurm_devices,
+    slurm_settings,
+)
 from vlmjax.sharding.roll_call import roll_call
+
+ROOT = Path(__file__).resolve().parents[2]
 
 THREE = {"VLMJAX_COORDINATOR": "10.0.0.1:1234", "VLMJAX_NUM_PROCESSES": "4", "VLMJAX_PROCESS_ID": "3"}
 
@@ -72,18 +85,89 @@ def test_only_a_promise_of_several_processes_is_a_cluster():
     assert detected_cluster({}) is None
 
 
-def test_a_slurm_task_alone_on_its_node_takes_all_its_gpus():
-    env = {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "4"}
-    assert slurm_devices(env) == [0, 1, 2, 3]
-    assert slurm_devices(env | {"SLURM_NTASKS": "8"}) is None
-    assert slurm_devices({"SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"}) is None
+SLURM = {
+    "SLURM_JOB_ID": "4100",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_NTASKS": "8",
+    "SLURM_PROCID": "6",
+    "SLURM_LOCALID": "2",
+}
 
 
-@pytest.mark.parametrize("env", [{}, THREE | {"VLMJAX_NUM_PROCESSES": "1", "VLMJAX_PROCESS_ID": "0"}])
-def test_one_process_needs_no_set_up(monkeypatch, env):
-    monkeypatch.setattr(distributed.os, "environ", env)
+def test_a_slurm_step_meets_on_its_first_node():
+    assert slurm_settings(SLURM) == (f"gpu07:{61440 + 4}", 8, 6)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("vm", "vm"),
+        ("n1,n2", "n1"),
+        ("n[001-015],m", "n001"),
+        ("n[3,5-7]", "n3"),
+        ("rack[1-2]-node[03,07-09],login", "rack1-node03"),
+        ("node-a[1-2].domain", "node-a1.domain"),
+    ],
+)
+def test_first_of_a_node_list(nodes, first):
+    assert first_host(nodes) == first
+
+
+@pytest.mark.parametrize(
+    ("change", "devices"),
+    [
+        ({"SLURM_GPUS_ON_NODE": "4"}, [2]),  # one task per GPU
+        ({"SLURM_GPUS_ON_NODE": "8"}, [4, 5]),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"}, [4, 5]),
+        ({"SLURM_GPUS_ON_NODE": "8", "CUDA_VISIBLE_DEVICES": "4,5"}, [0, 1]),  # bound by SLURM
+        ({"SLURM_GPUS_ON_NODE": "4", "CUDA_VISIBLE_DEVICES": "2"}, [0]),
+        ({}, [2]),  # a cluster that does not count its GPUs: as jax does
+        ({"SLURM_STEP_NUM_NODES": "8", "SLURM_LOCALID": "0"}, None),
+        ({"SLURM_STEP_NUM_NODES": "8", "SLURM_LOCALID": "0", "SLURM_GPUS_ON_NODE": "2"}, [0, 1]),
+    ],
+)
+def test_slurm_tasks_divide_the_gpus_of_their_node(change, devices):
+    assert slurm_devices(SLURM | change, 8, 6) == devices
+
+
+def test_gpus_that_cannot_be_divided_are_named():
+    with pytest.raises(UserError, match="6 GPUs for 4 tasks on a node: expected one task per GPU"):
+        slurm_devices(SLURM | {"SLURM_GPUS_ON_NODE": "6"}, 8, 6)
+
+
+def test_another_launcher_inside_a_slurm_job_keeps_its_devices():
+    assert slurm_devices(SLURM | {"SLURM_GPUS_ON_NODE": "4"}, 2, 0) is None
+
+
+def test_one_process_alone_needs_no_set_up(monkeypatch):
+    monkeypatch.setattr(distributed.os, "environ", {})
     distributed.initialize()
     assert not jax.distributed.is_initialized()
+
+
+def test_one_process_joins_where_a_launcher_says_so():
+    """In a process of its own: jax is joined once and for good."""
+    program = (
+        "import jax; from vlmjax.sharding import distributed; distributed.initialize(); distributed.initialize(); "
+        "print(jax.distributed.is_initialized(), jax.process_count())"
+    )
+    variables = {
+        "VLMJAX_COORDINATOR": free_address(),
+        "VLMJAX_NUM_PROCESSES": "1",
+        "VLMJAX_PROCESS_ID": "0",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    }
+    run = subprocess.run(
+        [sys.executable, "-c", program],
+        env=os.environ | variables,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.stdout == "True 1\n", run.stderr
+    assert re.search(r"process 0 of 1 on \S+, pid \d+: cpu device\(s\) 0, 1 of 2 in all", run.stderr)
 
 
 def test_all_present_is_silent():

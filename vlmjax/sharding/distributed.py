@@ -3,6 +3,9 @@
 import importlib.util
 import logging
 import os
+import re
+import socket
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -18,6 +21,8 @@ TIMEOUT = "VLMJAX_INIT_TIMEOUT"
 # A dead host is noticed within half a minute; jax's 100 s are 100 s of a pod waiting.
 _HEARTBEAT_SECONDS = 30
 _INIT_SECONDS = 300
+# Ports for the meeting of a SLURM step: above those that Linux gives to clients.
+_FIRST_PORT, _PORTS = 61_440, 4_096
 
 logger = logging.getLogger(__name__)
 
@@ -26,40 +31,47 @@ def initialize() -> None:
     """Join the other processes of this run, before anything else touches jax. A second call does nothing.
 
     In order: the variables VLMJAX_COORDINATOR (`host:port` of process 0), VLMJAX_NUM_PROCESSES and
-    VLMJAX_PROCESS_ID; a cluster that jax recognises (SLURM, Open MPI, TPU pods); otherwise one process alone.
-    VLMJAX_INIT_TIMEOUT sets how many seconds processes wait for each other (300).
+    VLMJAX_PROCESS_ID, also for a single process; a SLURM step of several tasks; a cluster that jax recognises
+    (Open MPI, TPU pods); otherwise one process alone. VLMJAX_INIT_TIMEOUT sets how many seconds processes wait for
+    each other (300). A process that joined says on stderr which it is and which devices are its own.
 
     Raises:
       UserError: the variables are incomplete or make no sense, or not all processes came in time.
     """
     if jax.distributed.is_initialized():
         return
-    options = {"heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
-    given = explicit_settings(os.environ)
-    if given is not None:
-        coordinator, processes, process = given
-        if processes == 1:
-            return
-        seconds = _number(os.environ, TIMEOUT, default=_INIT_SECONDS)
+    cluster = detected_cluster(os.environ)
+    settings = explicit_settings(os.environ) or (slurm_settings(os.environ) if cluster == "SLURM" else None)
+    seconds = _number(os.environ, TIMEOUT, default=_INIT_SECONDS)
+    options = {"heartbeat_timeout_seconds": _HEARTBEAT_SECONDS, "initialization_timeout": seconds}
+    if settings:
+        coordinator, processes, process = settings
         roll_call(coordinator, processes, process, seconds)
         jax.distributed.initialize(
             coordinator,
             processes,
             process,
-            initialization_timeout=seconds,
+            slurm_devices(os.environ, processes, process),
             cluster_detection_method="deactivate",
             # By default jax listens on every interface, also for processes that are all on this machine.
             coordinator_bind_address=coordinator if is_loopback(coordinator.rpartition(":")[0]) else None,
             **options,
         )
-    elif cluster := detected_cluster(os.environ):
+    elif cluster:
         logger.info("joining the other processes of this %s job", cluster)
-        jax.distributed.initialize(
-            local_device_ids=slurm_devices(os.environ) if cluster == "SLURM" else None, **options
-        )
+        jax.distributed.initialize(**options)
     else:
         return
-    logger.info("process %d of %d", jax.process_index(), jax.process_count())
+    print(device_line(), file=sys.stderr, flush=True)
+
+
+def device_line() -> str:
+    """Which process this is, where it runs, and which of the run's devices are its own."""
+    mine = ", ".join(str(device.id) for device in jax.local_devices())
+    return (
+        f"process {jax.process_index()} of {jax.process_count()} on {socket.gethostname()}, pid {os.getpid()}: "
+        f"{jax.default_backend()} device(s) {mine} of {jax.device_count()} in all"
+    )
 
 
 def explicit_settings(env: Mapping[str, str]) -> tuple[str, int, int] | None:
@@ -109,8 +121,41 @@ def detected_cluster(env: Mapping[str, str]) -> str | None:
     return None
 
 
-def slurm_devices(env: Mapping[str, str]) -> list[int] | None:
-    """GPUs of a task that has its node to itself, for which jax would take one; None leaves it to jax."""
-    nodes, tasks = int(env.get("SLURM_STEP_NUM_NODES", 0)), int(env.get("SLURM_NTASKS", 0))
-    gpus = env.get("SLURM_GPUS_ON_NODE", "")
-    return list(range(int(gpus))) if nodes == tasks and gpus.isdigit() else None
+def slurm_settings(env: Mapping[str, str]) -> tuple[str, int, int]:
+    """(coordinator, tasks, task) of a SLURM step: process 0 is on its first node, at a port made from the job's id."""
+    port = _FIRST_PORT + _number(env, "SLURM_JOB_ID", default=0) % _PORTS
+    host = first_host(env["SLURM_STEP_NODELIST"])
+    return f"{host}:{port}", _number(env, "SLURM_NTASKS"), _number(env, "SLURM_PROCID")
+
+
+def first_host(nodes: str) -> str:
+    """The first host of a SLURM node list: `rack1-node03` of `rack[1-2]-node[03,07-09],login`."""
+    whole = re.match(r"(?:[^,\[]|\[[^]]*\])+", nodes)
+    if not whole:
+        raise UserError(f"SLURM_STEP_NODELIST = {nodes!r}: expected names of nodes")
+    return re.sub(r"\[([^],-]+)[^]]*\]", r"\1", whole[0])
+
+
+def slurm_devices(env: Mapping[str, str], processes: int, process: int) -> list[int] | None:
+    """The share of its node's GPUs that is a SLURM task's own, of those it sees; None for all of them.
+
+    Tasks of one node divide its GPUs evenly unless SLURM has already shown each its own (`--gpus-per-task`).
+
+    Raises UserError when they cannot be divided.
+    """
+    if (env.get("SLURM_NTASKS"), env.get("SLURM_PROCID")) != (str(processes), str(process)):
+        return None  # Another launcher, inside a SLURM job: what a process sees is its business.
+    here = max(1, processes // _number(env, "SLURM_STEP_NUM_NODES", default=1))
+    task, gpus = _number(env, "SLURM_LOCALID", default=0), env.get("SLURM_GPUS_ON_NODE", "")
+    if not gpus.isdigit():  # A cluster that does not count them, or has none.
+        return [task] if here > 1 else None
+    visible = env.get("CUDA_VISIBLE_DEVICES")
+    seen = int(gpus) if visible is None else len([name for name in visible.split(",") if name])
+    if seen < int(gpus):
+        return list(range(seen))
+    if seen % here:
+        raise UserError(
+            f"{seen} GPUs for {here} tasks on a node: expected one task per GPU, or an even share"
+        )
+    share = seen // here
+    return list(range(task * share, (task + 1) * share))
