@@ -9,11 +9,12 @@ from pathlib import Path
 import jax
 
 from vlmjax.errors import UserError
+from vlmjax.sharding.peers import exit_when_the_runtime_aborts
 from vlmjax.sharding.roll_call import is_loopback, roll_call
 
 # Set by launch/local.py, one value per process; any other launcher may set them as well.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "VLMJAX_COORDINATOR", "VLMJAX_NUM_PROCESSES", "VLMJAX_PROCESS_ID"
-TIMEOUT = "VLMJAX_INIT_TIMEOUT"
+TIMEOUT, HEARTBEAT = "VLMJAX_INIT_TIMEOUT", "VLMJAX_HEARTBEAT"
 
 # A dead host is noticed within half a minute; jax's 100 s are 100 s of a pod waiting.
 _HEARTBEAT_SECONDS = 30
@@ -27,14 +28,15 @@ def initialize() -> None:
 
     In order: the variables VLMJAX_COORDINATOR (`host:port` of process 0), VLMJAX_NUM_PROCESSES and
     VLMJAX_PROCESS_ID; a cluster that jax recognises (SLURM, Open MPI, TPU pods); otherwise one process alone.
-    VLMJAX_INIT_TIMEOUT sets how many seconds processes wait for each other (300).
+    VLMJAX_INIT_TIMEOUT sets how many seconds processes wait for each other (300), VLMJAX_HEARTBEAT after how many
+    seconds of silence one is given up (30); the others then exit with 75.
 
     Raises:
       UserError: the variables are incomplete or make no sense, or not all processes came in time.
     """
     if jax.distributed.is_initialized():
         return
-    options = {"heartbeat_timeout_seconds": _HEARTBEAT_SECONDS}
+    options = {"heartbeat_timeout_seconds": _number(os.environ, HEARTBEAT, default=_HEARTBEAT_SECONDS)}
     given = explicit_settings(os.environ)
     if given is not None:
         coordinator, processes, process = given
@@ -59,6 +61,7 @@ def initialize() -> None:
         )
     else:
         return
+    exit_when_the_runtime_aborts()
     logger.info("process %d of %d", jax.process_index(), jax.process_count())
 
 
