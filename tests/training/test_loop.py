@@ -238,15 +238,19 @@ def test_a_loss_that_explodes_stops_with_the_examples(uninterrupted, tmp_path):
         "--config.loss.logit_scale=learned",
     )
     _, err = run(recipe, tmp_path / "run", *huge, code=77, notes=tmp_path / "notes")
-    (saved,) = (tmp_path / "run").glob("nonfinite-*.json")
-    record = json.loads(saved.read_text())
-    assert saved.name == f"nonfinite-{record['step']}.json"
+    left = sorted(
+        (tmp_path / "run").glob("nonfinite-*.json"), key=lambda p: json.loads(p.read_text())["step"]
+    )
+    saved, record = left[-1], json.loads(left[-1].read_text())
+    assert len(left) == 5 and saved.name == f"nonfinite-{record['step']}.json"
+    assert not list((tmp_path / "run" / "checkpoints").glob(str(record["step"])))
     taken = dict(json.loads(line) for line in (tmp_path / "notes").read_text().splitlines())
     assert record["keys"] == taken[record["step"]] and len(record["keys"]) == 16
     assert record["groups"] and set(record["groups"]) <= {
         "vision_model", "text_model", "visual_projection", "text_projection", "logit_scale",
     }  # fmt: skip
-    assert err.startswith("error: step ") and str(saved) in err and err.count("\n") == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: step ") and str(saved) in last and "5 step(s) in a row" in last
 
 
 def test_damaged_records_are_counted_and_too_many_stop_the_run(uninterrupted, tmp_path):
