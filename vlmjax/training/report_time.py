@@ -42,7 +42,7 @@ def times(attempts: Sequence[Mapping[str, Any]]) -> str:
     return f'<div class="card scroll"><table class="results"><tbody>{"".join(lines)}</tbody></table></div>'
 
 
-def duration(seconds: float) -> str:
+def duration(seconds: float | int) -> str:
     """Seconds as people say them: 8.4 s, 12 min, 3 h 20 min."""
     if seconds < 60:
         return f"{seconds:.1f} s"

@@ -20,14 +20,14 @@ class Watchdog:
     Phases that are no steps have ten times as long. A limit of 0 watches nothing.
     """
 
-    def __init__(self, phases: Phases, seconds: float, leave: Callable[[int], None] = os._exit):
+    def __init__(self, phases: Phases, seconds: float | int, leave: Callable[[int], None] = os._exit):
         """Begin to watch; `leave` ends the process."""
         self._phases, self._limit, self._leave = phases, seconds, leave
         self._closed = threading.Event()
         if seconds:
             threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
 
-    def limit(self, phase: str) -> float:
+    def limit(self, phase: str) -> float | int:
         """Seconds that a phase may go on without a sign of life."""
         return self._limit * (1 if phase in _QUICK else _LONGER)
 
