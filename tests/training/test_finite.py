@@ -29,13 +29,16 @@ def test_isolated_ones_are_counted_and_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         take(steps, "..x.xx.")
     assert steps.state == {"skipped": 3, "streak": 0}
-    assert steps.settle()["finite"] and steps.row()["updates_skipped"] == 3  # asking twice counts once
+    assert steps.settle()["finite"] and steps.row()["updates_skipped"] == 3
     assert sorted(path.name for path in tmp_path.glob("nonfinite-*")) == [
         f"nonfinite-{step}.json" for step in (3, 5, 6)
     ]
     record = json.loads((tmp_path / "nonfinite-3.json").read_text())
     assert record["keys"] == ["key3"] and record["groups"] == ["tower"] and record["loss"] == "nan"
     assert len(caplog.messages) == 3 and "its update is skipped" in caplog.messages[0]
+    steps.started(8, metrics(False), [])
+    for _ in range(3):  # asking again does not count again
+        assert not steps.settle()["finite"] and steps.state == {"skipped": 4, "streak": 1}
 
 
 @pytest.mark.parametrize(("limit", "pattern", "end"), [(3, ".xx.xxx.", 7), (1, "..x", 3)])
