@@ -62,17 +62,19 @@ def test_a_process_lives_but_is_stuck(uninterrupted, tmp_path):
 
 def test_one_nan_skips_one_update(uninterrupted, tmp_path):
     folder, recipe = uninterrupted
-    run(tmp_path, recipe, tmp_path / "run", NAN_AT="7")
+    run(tmp_path, recipe, tmp_path / "run", NAN_AT="10")
     found, expected = (dict(exact(path / "run")) for path in (tmp_path, folder))
-    assert found.pop(7) == "nan" and len(found) == STEPS - 1
-    assert [found[step] for step in range(1, 7)] == [expected[step] for step in range(1, 7)]
+    assert found.pop(10) == "nan" and len(found) == STEPS - 1
+    assert [found[step] for step in range(1, 10)] == [expected[step] for step in range(1, 10)]
     assert all(np.isfinite(loss) for loss in found.values())
-    assert found[8] != expected[8]
-    assert [row["updates_skipped"] for row in tiny.rows(tmp_path / "run") if "loss" in row] == [0] * 6 + [
-        1
-    ] * (STEPS - 6)
-    keys = [json.loads((tmp_path / "run" / f"nonfinite-7-p{i}.json").read_text())["keys"] for i in range(2)]
-    assert [len(k) for k in keys] == [8, 8] and not set(keys[0]) & set(keys[1])
+    assert found[11] != expected[11]
+    skipped = [row["updates_skipped"] for row in tiny.rows(tmp_path / "run") if "loss" in row]
+    assert skipped == [0] * 9 + [1] * (STEPS - 9)
+    left = [json.loads((tmp_path / "run" / f"nonfinite-10-p{i}.json").read_text()) for i in range(2)]
+    first, second = (set(record["keys"]) for record in left)
+    assert len(first) == len(second) == 8 and not first & second
+    (attempt,) = json.loads((tmp_path / "run" / "attempts.json").read_text())
+    assert [mark["step"] for mark in attempt["marks"]] == [0, 5, 11, 15, STEPS]  # the checkpoint of 10 waited
 
 
 def test_nan_for_good_ends_the_run_before_it_is_saved(uninterrupted, tmp_path):

@@ -8,7 +8,7 @@ import jax
 from vlmjax.data.formats.folder import Subset
 from vlmjax.data.recipe import open_train_sources, train_data
 from vlmjax.data.sources import together
-from vlmjax.errors import UserError
+from vlmjax.errors import NonFiniteError, UserError
 from vlmjax.models import flops
 from vlmjax.sharding import distributed
 from vlmjax.sharding.mesh import check_batch_size, local_rows, make_mesh, to_global
@@ -99,6 +99,7 @@ def _train(recipe: Any, workdir: str, phases: Phases, profile: bool) -> dict[str
     trace = Trace(folder, first=min(start + 3, lengths.total), steps=3 if profile else 0)
     steps = StartedSteps(folder, recipe.nonfinite_limit, **saved.get("updates", {}))
     results: dict[str, float] = {}
+    save_due = False
     stop = StopRequest()
 
     def evaluate(step: int) -> dict[str, float]:
@@ -146,7 +147,8 @@ def _train(recipe: Any, workdir: str, phases: Phases, profile: bool) -> dict[str
                 bar.step(step)
                 last = step == lengths.total
                 eval_due = lengths.due("eval", step) or last
-                if eval_due or lengths.due("checkpoint", step):
+                save_due = save_due or lengths.due("checkpoint", step)
+                if eval_due or save_due:
                     steps.settle()  # nothing is scored or saved that ends the run
                 if stop.after(step):
                     steps.settle()
@@ -156,11 +158,14 @@ def _train(recipe: Any, workdir: str, phases: Phases, profile: bool) -> dict[str
                 if eval_due:
                     try:
                         measured = results = evaluate(step)
+                    except NonFiniteError:
+                        raise
                     except UserError:
                         save(step, {}, owed=True)  # what was learned is not lost with the score
                         raise
-                if lengths.due("checkpoint", step) or last:
+                if last or (save_due and not steps.streak):  # the parameters may be what is wrong
                     save(step, measured)
+                    save_due = False
                 if (lengths.due("eval", step) or lengths.due("report", step)) and not last and first:
                     phases.enter("finish")
                     write_report(folder.local)
