@@ -131,6 +131,8 @@ def test_what_may_stand_for_another_type(path, value):
     ("changes", "said"),
     [
         ({"batch_size": 0}, "config.batch_size=0: expected at least 1"),
+        ({"nonfinite_limit": 0}, "config.nonfinite_limit=0: expected at least 1"),
+        ({"watchdog": -1.0}, "config.watchdog=-1.0: expected at least 0"),
         ({"batch_size": 10, "micro_batches": 4}, "config.batch_size=10 is not a multiple of 4"),
         ({"batch_size": 24, "mesh__fsdp": 4, "micro_batches": 4}, "not a multiple of 16"),
         ({"batch_size": 12, "mesh__data": 8}, "not a multiple of 8"),

@@ -100,6 +100,11 @@ def recipe() -> Config:
     c.log_every = 10  # steps between lines of metrics.jsonl
     c.eval_every = duration()  # nothing set: at the end only
     c.report_every = duration()  # report.html beside the run; nothing set: with every evaluation
+    c.nonfinite_limit = 5  # as many updates in a row skipped for a NaN or infinity end the run (77)
+    c.watchdog = (
+        300.0  # seconds a step may take before the process exits (76), ten times that for the rest; 0 = off
+    )
+    c.compilation_cache = True  # keep compiled programs in workdir/compiled for the next start
     c.export = True  # write workdir/hf when the run ends
 
     c.model = Config()

@@ -37,11 +37,12 @@ def check_values(c: Any) -> None:
     _check_loss(c.loss)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
-    for name in ("batch_size", "micro_batches", "log_every"):
+    for name in ("batch_size", "micro_batches", "log_every", "nonfinite_limit"):
         _at_least(c[name], 1, f"config.{name}")
     _at_least(c.seed, 0, "config.seed")
     if c.seed >= 2**63:
         raise RecipeError(f"config.seed={c.seed}: expected a number below 2**63")
+    _at_least(c.watchdog, 0, "config.watchdog")
     for name in ("width", "depth", "heads", "mlp_dim"):
         for tower in ("image", "text"):
             _at_least(c.model[tower][name], 1, f"config.model.{tower}.{name}")

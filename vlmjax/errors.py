@@ -1,5 +1,8 @@
 """Errors a user can act on: each names the thing, the value, what was expected and what to do."""
 
+# Exit codes that ask to be started again; docs/runs.md says what each means. 77 and 78 do not: see below.
+REQUEUE, PEER_LOST, STUCK = 42, 75, 76
+
 
 class UserError(Exception):
     """Something outside the program is wrong; commands print the message alone and exit with `exit_code`."""
@@ -49,7 +52,7 @@ class Stopped(UserError):
     def __init__(self, message: str, number: int | None = None):
         """Exit code 130 after Ctrl-C, as shells expect; 42, "start me again", after SIGTERM."""
         super().__init__(message)
-        self.exit_code = 130 if number == 2 else 42
+        self.exit_code = 130 if number == 2 else REQUEUE
 
 
 class BadRecord(Exception):

@@ -3,13 +3,18 @@
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
+from typing import NoReturn
 
 from absl import app, flags
 from absl import logging as absl_logging
 
 from vlmjax import command_line
 from vlmjax.errors import RecipeError, Stopped, UserError
+
+_BEGAN = time.monotonic()
+_TOGETHER = (0, 42, 77, 78)  # with these all processes of a run end at the same point
 
 command_line.define()
 flags.declare_key_flag("config")
@@ -29,9 +34,19 @@ def parse(arguments: Sequence[str]) -> list[str]:
         _stop(error)
 
 
-def _stop(error: UserError) -> None:
+def _stop(error: UserError) -> NoReturn:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    sys.exit(error.exit_code)
+    _exit(error.exit_code)
+
+
+def _exit(code: int) -> NoReturn:
+    """End the process. One of several that fails alone must not wait for the others, who wait for it."""
+    if "jax" in sys.modules and code not in _TOGETHER:
+        from vlmjax.sharding import peers
+
+        if peers.several():
+            peers.leave(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -49,10 +64,10 @@ def main(arguments: Sequence[str]) -> None:
             absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells every detail at INFO
         from vlmjax.training.loop import train
 
-        train(recipe, _WORKDIR.value, profile=_PROFILE.value)
+        train(recipe, _WORKDIR.value, profile=_PROFILE.value, began=_BEGAN)
     except Stopped as error:
         print(error, file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        _exit(error.exit_code)
     except UserError as error:
         logging.debug("stopped by", exc_info=True)
         _stop(error)
@@ -62,7 +77,7 @@ def main(arguments: Sequence[str]) -> None:
             file=sys.stderr,
             flush=True,
         )
-        sys.exit(130)
+        _exit(130)
 
 
 if __name__ == "__main__":

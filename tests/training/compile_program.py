@@ -27,21 +27,23 @@ def described(lowered):
 
 def main():
     recipe = config.validate(
-        tiny.recipe(total__steps=2, micro_batches=2, mesh__fsdp=2, mesh__tensor=2, ema__decay=0.9)
+        tiny.recipe(
+            total__steps=2,
+            micro_batches=2,
+            mesh__fsdp=2,
+            mesh__tensor=2,
+            ema__decay=0.9,
+            compilation_cache=False,
+        )
     )
-    make, ran = compile.make_program, []
+    compiled, ran = compile.compiled, []
 
-    def spying(*arguments):
-        program = make(*arguments)
+    def spying(program, state, batch):
+        shapes = {name: [list(x.shape), str(x.dtype)] for name, x in batch.items()}
+        ran.append((program.step.lower(state, batch), shapes))
+        return compiled(program, state, batch)
 
-        def step(state, batch):
-            shapes = {name: [list(x.shape), str(x.dtype)] for name, x in batch.items()}
-            ran.append((program.step.lower(state, batch), shapes))
-            return program.step(state, batch)
-
-        return program._replace(step=step)
-
-    loop.make_program = spying
+    loop.compiled = spying
     loop.train(recipe, sys.argv[1])
     subject = train_subject(recipe, jax.devices(), "tiny")
     batch = {name: [list(x.shape), str(x.dtype)] for name, x in subject.arguments[1].items()}

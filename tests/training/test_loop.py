@@ -236,17 +236,23 @@ def test_a_loss_that_explodes_stops_with_the_examples(uninterrupted, tmp_path):
         "--config.optimizer.learning_rate=1e38",
         "--config.optimizer.warmup.steps=0",
         "--config.loss.logit_scale=learned",
+        "--config.nonfinite_limit=3",
     )
     _, err = run(recipe, tmp_path / "run", *huge, code=77, notes=tmp_path / "notes")
-    (saved,) = (tmp_path / "run").glob("nonfinite-*.json")
-    record = json.loads(saved.read_text())
-    assert saved.name == f"nonfinite-{record['step']}.json"
+    left = sorted(
+        (tmp_path / "run").glob("nonfinite-*.json"), key=lambda p: json.loads(p.read_text())["step"]
+    )
+    saved, record = left[-1], json.loads(left[-1].read_text())
+    assert len(left) == 3 and saved.name == f"nonfinite-{record['step']}.json"
+    # One was due at step 3, after the update that spoiled the parameters.
+    assert not [path for path in (tmp_path / "run" / "checkpoints").iterdir() if path.name.isdigit()]
     taken = dict(json.loads(line) for line in (tmp_path / "notes").read_text().splitlines())
     assert record["keys"] == taken[record["step"]] and len(record["keys"]) == 16
     assert record["groups"] and set(record["groups"]) <= {
         "vision_model", "text_model", "visual_projection", "text_projection", "logit_scale",
     }  # fmt: skip
-    assert err.startswith("error: step ") and str(saved) in err and err.count("\n") == 1
+    last = err.splitlines()[-1]
+    assert last.startswith("error: step ") and str(saved) in last and "3 step(s) in a row" in last
 
 
 def test_damaged_records_are_counted_and_too_many_stop_the_run(uninterrupted, tmp_path):

@@ -17,6 +17,7 @@ from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.stages.stage import Stage
 from vlmjax.training.compile import init_params
+from vlmjax.training.optimizer import make_optimizer, make_schedule
 from vlmjax.training.state import make_state, merge, state_shardings
 from vlmjax.training.step import cached_value_and_grad, make_train_step, value_and_grad
 
@@ -173,8 +174,8 @@ def test_a_locked_tower_stays_and_a_nan_changes_nothing(params):
     kernel = state.params["text_projection"]["kernel"]
     state.params["text_projection"]["kernel"] = kernel.at[0, 0].set(jnp.nan)
     again, metrics = step(state, to_global(batch(1), mesh_of(ONE), BATCH))
-    assert not metrics["finite"] and int(again.step) == 1
-    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert not metrics["finite"] and int(again.step) == 2
+    jax.tree.map(np.testing.assert_array_equal, again.replace(step=state.step), state)
 
 
 def test_temperature_learned_capped_and_fixed():
@@ -235,10 +236,35 @@ def test_a_step_that_is_not_finite_changes_nothing_and_names_the_group():
     after, metrics = step(state, {"x": jnp.float32([0.0, 2.0])})
     assert np.isfinite(metrics["loss"]) and not metrics["finite"]
     assert {k: bool(v) for k, v in metrics["finite_groups"].items()} == {"good": True, "bad": False}
-    jax.tree.map(np.testing.assert_array_equal, after, state)
-    after, metrics = step(state, {"x": jnp.float32([np.nan, 2.0])})
-    assert not metrics["finite"] and not any(metrics["finite_groups"].values())
-    jax.tree.map(np.testing.assert_array_equal, after, state)
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=state.step), state)
+    after, metrics = step(after, {"x": jnp.float32([np.nan, 2.0])})
+    assert not metrics["finite"] and not any(metrics["finite_groups"].values()) and int(after.step) == 3
+    jax.tree.map(np.testing.assert_array_equal, after.replace(step=state.step), state)
+
+
+@pytest.mark.parametrize("bad", [0, 2, 5])
+def test_a_skipped_batch_leaves_no_trace_but_the_time(bad):
+    """Adam's moments and count know nothing of it; the learning rate is that of the step, as without it."""
+    settings = tiny.recipe(optimizer__learning_rate=0.1, optimizer__weight_decay_multipliers=()).optimizer
+    schedule = make_schedule(settings, total=8, warmup=2, cooldown=0)
+    start = {"w": jnp.float32([1.0, -2.0, 0.5])}
+    optimizer = make_optimizer(settings, schedule, start)
+    train_step = make_train_step(Line(), optimizer, schedule, mesh_of(ONE), seed=0, ema_decay=0.5)
+    step, inputs = jax.jit(train_step), np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    state = oracle = make_state(start, (), optimizer, True)
+    for i, x in enumerate(inputs):
+        x, rate = jnp.asarray(x), schedule(i)
+        state, metrics = step(state, {"x": x * jnp.nan if i == bad else x})
+        assert bool(metrics["finite"]) == (i != bad)
+        np.testing.assert_allclose(metrics["learning_rate"], rate, rtol=1e-5, atol=1e-7)
+        if i == bad:
+            schedules = optax.ScaleByScheduleState(oracle.opt_state[-1].count + 1)
+            oracle = oracle.replace(step=oracle.step + 1, opt_state=(*oracle.opt_state[:-1], schedules))
+        else:
+            oracle, expected = step(oracle, {"x": x})
+            assert metrics["loss"] == expected["loss"]
+    jax.tree.map(np.testing.assert_array_equal, state, oracle)
+    assert int(state.opt_state[1].count) == 7 and int(state.opt_state[-1].count) == int(state.step) == 8
 
 
 class Line(Stage):

@@ -12,11 +12,12 @@ from pathlib import Path
 import jax
 
 from vlmjax.errors import UserError
+from vlmjax.sharding.peers import exit_when_the_runtime_aborts
 from vlmjax.sharding.roll_call import is_loopback, roll_call
 
 # Set by launch/local.py, one value per process; any other launcher may set them as well.
 COORDINATOR, NUM_PROCESSES, PROCESS_ID = "VLMJAX_COORDINATOR", "VLMJAX_NUM_PROCESSES", "VLMJAX_PROCESS_ID"
-TIMEOUT = "VLMJAX_INIT_TIMEOUT"
+TIMEOUT, HEARTBEAT = "VLMJAX_INIT_TIMEOUT", "VLMJAX_HEARTBEAT"
 
 # A dead host is noticed within half a minute; jax's 100 s are 100 s of a pod waiting.
 _HEARTBEAT_SECONDS = 30
@@ -33,7 +34,8 @@ def initialize() -> None:
     In order: the variables VLMJAX_COORDINATOR (`host:port` of process 0), VLMJAX_NUM_PROCESSES and
     VLMJAX_PROCESS_ID, also for a single process; a SLURM step of several tasks; a cluster that jax recognises
     (Open MPI, TPU pods); otherwise one process alone. VLMJAX_INIT_TIMEOUT sets how many seconds processes wait for
-    each other (300). A process that joined says on stderr which it is and which devices are its own.
+    each other (300), VLMJAX_HEARTBEAT after how many seconds of silence one is given up (30); the others then exit with
+    75. A process that joined says on stderr which it is and which devices are its own.
 
     Raises:
       UserError: the variables are incomplete or make no sense, or not all processes came in time.
@@ -43,7 +45,8 @@ def initialize() -> None:
     cluster = detected_cluster(os.environ)
     settings = explicit_settings(os.environ) or (slurm_settings(os.environ) if cluster == "SLURM" else None)
     seconds = _number(os.environ, TIMEOUT, default=_INIT_SECONDS)
-    options = {"heartbeat_timeout_seconds": _HEARTBEAT_SECONDS, "initialization_timeout": seconds}
+    heartbeat = _number(os.environ, HEARTBEAT, default=_HEARTBEAT_SECONDS)
+    options = {"heartbeat_timeout_seconds": heartbeat, "initialization_timeout": seconds}
     if settings:
         coordinator, processes, process = settings
         roll_call(coordinator, processes, process, seconds)
@@ -62,6 +65,7 @@ def initialize() -> None:
         jax.distributed.initialize(**options)
     else:
         return
+    exit_when_the_runtime_aborts()
     print(device_line(), file=sys.stderr, flush=True)
 
 

@@ -1,15 +1,18 @@
 """The program of a run: the compiled step, and the shapes and places of what goes into it."""
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
 from vlmjax.sharding.mesh import batch_sharding
+from vlmjax.sharding.peers import barrier
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.stages.stage import Stage
 from vlmjax.training.optimizer import make_optimizer
@@ -62,6 +65,23 @@ def make_program(recipe: Any, model: Any, mesh: Mesh, schedule: optax.Schedule) 
         step, donate_argnums=0, out_shardings=(places, None), compiler_options=compiler_options(mesh)
     )
     return Program(stage, step, state, abstract_batch(model, recipe.batch_size, mesh), make)
+
+
+def compiled(program: Program, state: TrainState, batch: Mapping) -> Callable:
+    """The step of a program compiled for these very arrays, once every process has compiled it.
+
+    Processes compile at different speeds; without the wait the fast ones would count it as silence of the slow ones.
+    """
+    update = program.step.lower(state, batch).compile()
+    barrier("compiled")
+    return update
+
+
+def keep_programs(folder: str) -> None:
+    """Have jax keep what it compiles in a folder or bucket, unless the environment names another."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()  # one process may train in several folders
 
 
 def check_heads(config: Any, mesh: Mesh) -> None:

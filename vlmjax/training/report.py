@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmjax.training import report_html
+from vlmjax.training import attempts, report_html
 
 PICTURE = 96  # pixels; pictures are kept as squares of this side
 _log = logging.getLogger(__name__)
@@ -100,6 +100,7 @@ def write_report(workdir: Folder) -> Path:
         zeroshot=[_read_details(path) for path in sorted(folder.glob("zeroshot_*.json"))],
         recipe=_read_json(root / "recipe.json", {}),
         environment=_read_json(root / "environment.json", {}),
+        attempts=attempts.read(root / "attempts.json"),
     )
     path = root / "report.html"
     _write(path, page.encode("utf-8", "replace"))

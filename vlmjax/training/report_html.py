@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from vlmjax.evals.table import TITLES
-from vlmjax.training import report_figures
+from vlmjax.training import report_figures, report_time
 from vlmjax.training.report_charts import Number, line_chart, short
 from vlmjax.training.report_style import CSS
 
@@ -41,6 +41,7 @@ def page(
     zeroshot: Rows,
     recipe: Mapping[str, Any],
     environment: Mapping[str, Any],
+    attempts: Rows = (),
 ) -> str:
     """The whole page; every part that has nothing to show is left out."""
     fig = report_figures
@@ -50,6 +51,7 @@ def page(
         section("Results", results_table, results, lead="Fractions of queries or images, beside guessing."),
         section("Training", curves, rows),
         section("Evaluation while training", evaluation_curves, rows, results, lead="Dashed: chance."),
+        section("Where the time went", report_time.times, attempts, lead=report_time.LEAD),
         section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
         *[section(_heading("Retrieval", found), fig.gallery, found) for found in retrieval],
         *[section(_heading("Zero-shot", found), fig.confusion, found) for found in zeroshot],
@@ -183,7 +185,7 @@ def curves(rows: Rows) -> str:
     for name in names:
         # A count that never moved, such as skipped records, is no news.
         moved = any(y for _, y in _line(rows, name))
-        if moved and name not in drawn and not name.startswith("eval/"):
+        if moved and name not in drawn and not name.startswith(("eval/", "seconds/")):
             plots.append(plot(_plain(name).capitalize(), {_plain(name): _line(rows, name)}))
     return f'<div class="grid2">{"".join(plots)}</div>' if plots else ""
 

@@ -103,8 +103,8 @@ def make_train_step(
 ) -> Callable[[TrainState, Mapping], tuple[TrainState, dict]]:
     """The function (state, batch) -> (state, metrics) that is compiled once per run.
 
-    A step whose loss or gradient is not finite leaves the state as it was and reports `finite` False, with one flag per
-    top-level group of parameters under `finite_groups`.
+    A step whose loss or gradient is not finite updates nothing and reports `finite` False, with one flag per top-level
+    group of parameters under `finite_groups`. Only time goes on: the step and the schedule of the learning rate.
     """
 
     @on_mesh(mesh)
@@ -129,7 +129,7 @@ def make_train_step(
             ema=ema,
             extra=stage.carry_on(state.extra, params, features, batch),
         )
-        new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, state)
+        new = _where(finite, new, state)
         groups = {name: jnp.isfinite(optax.tree.norm(group)) for name, group in grads.items()}
         metrics = {
             **metrics,
@@ -142,6 +142,16 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def _where(finite: jax.Array, new: TrainState, old: TrainState) -> TrainState:
+    """`new` if finite, else `old` with the time of `new`. Never by multiplication: 0 * NaN is NaN."""
+
+    def choose(a, b):
+        return a if isinstance(a, optax.ScaleByScheduleState) else jnp.where(finite, a, b)
+
+    chosen = jax.tree.map(choose, new, old, is_leaf=lambda x: isinstance(x, optax.ScaleByScheduleState))
+    return chosen.replace(step=new.step)
 
 
 def _average(ema: Tree, params: Tree, decay: float, step: jax.Array) -> Tree:

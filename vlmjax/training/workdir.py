@@ -42,6 +42,11 @@ class Workdir:
         base = self.root if self.remote else str(Path(self.root).expanduser().resolve())
         return base.rstrip("/") + "/checkpoints"
 
+    @property
+    def programs(self) -> str:
+        """Address of compiled programs, which jax keeps and reads by itself."""
+        return self.checkpoints.removesuffix("checkpoints") + "compiled"
+
     def has_checkpoints(self) -> bool:
         """Whether a run has got as far as a checkpoint here."""
         system, base = fsspec.core.url_to_fs(self.checkpoints)
@@ -82,7 +87,7 @@ class Workdir:
     def _fetch(self) -> None:
         """Bring what a resumed run reads (recipe, tokenizer, metrics) into the mirror."""
         system, base = fsspec.core.url_to_fs(self.root)
-        for name in ("recipe.json", "model.json", "metrics.jsonl", "tokenizer"):
+        for name in ("recipe.json", "model.json", "metrics.jsonl", "attempts.json", "tokenizer"):
             if system.isdir(f"{base}/{name}"):
                 for file in system.find(f"{base}/{name}"):
                     target = self.path(name, file.split(f"/{name}/")[-1])
