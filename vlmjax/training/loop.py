@@ -51,6 +51,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
         keep_last=recipe.checkpoint.keep_last,
         keep_best=recipe.checkpoint.keep_best,
         best_metric=recipe.checkpoint.best_metric,
+        about=finish.provenance(recipe, mesh),
     )
 
     # State: random, imported or continued, every array born in its place on the mesh
@@ -90,6 +91,7 @@ def train(recipe: Any, workdir: str, *, profile: bool = False) -> dict[str, floa
             with jax.transfer_guard("disallow"):
                 state, metrics = program.step(state, batch)
             trace.after(step, metrics)
+            checkpoints.check()
             if pending:
                 _check(pending, recent, folder)
             pending = (step, metrics)
