@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, restored onto any mesh, and what is said when they do not fit or cannot be written."""
 
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -144,7 +145,7 @@ def test_a_step_is_written_once(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("when", ["next save", "close"])
+@pytest.mark.parametrize("when", ["next step", "next save", "close"])
 def test_a_write_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch, when):
     import orbax.checkpoint as ocp
 
@@ -158,6 +159,10 @@ def test_a_write_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch,
     with pytest.raises(CheckpointError, match="cannot be written.*No space left on device"):
         if when == "close":
             checkpoints.close()
+        elif when == "next step":  # `check` waits for nothing: it may be called at every step
+            for _ in range(3000):
+                checkpoints.check()
+                time.sleep(0.01)
         else:
             checkpoints.save(2, state(2), {}, {})
             checkpoints.save(3, state(3), {}, {})
