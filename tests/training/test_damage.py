@@ -223,11 +223,22 @@ def test_what_made_a_checkpoint_is_recorded(tmp_path):
     assert record["arrays"]["params/kernel"][:2] == ["float32", [16, 8]]
 
 
-def test_reading_parameters_for_export_verifies_them(whole, tmp_path):
+def test_a_lost_record_does_not_make_it_a_checkpoint_from_before(whole, tmp_path, capsys):
+    """In a bucket a folder goes with its last file."""
     shutil.copytree(whole, tmp_path / "c")
-    payload = max((tmp_path / "c" / "2" / "state" / "d").iterdir(), key=lambda path: path.stat().st_size)
-    damage.flip(0.5)(payload)
-    reader = Checkpoints(str(tmp_path / "c"), writable=False)
-    assert same(reader.read_params(1)["params"], state(1)["params"])
-    with pytest.raises(DamagedCheckpoint, match="c/2: "):
-        reader.read_params(2)
+    shutil.rmtree(tmp_path / "c" / "2" / "record")
+    assert check_fell_back_or_right(tmp_path / "c", capsys, "no record")
+    assert "its record is lost" in (tmp_path / "c" / "2.damaged" / "why.txt").read_text()
+
+
+def test_reading_parameters_for_export_verifies_them(tmp_path, monkeypatch):
+    from vlmjax.training import reading, records
+
+    make = records.make
+    monkeypatch.setattr(records, "make", lambda tree, *rest: make(broken(tree, 0.5), *rest))
+    folder = write(tmp_path / "c", (1,))
+    monkeypatch.undo()
+    with pytest.raises(DamagedCheckpoint, match="c/1: params/scale not what was saved"):
+        Checkpoints(str(folder), writable=False).read_params(1)
+    arrays, compared = reading.read_arrays(str(folder), 1, ("frozen",))
+    assert compared and same(arrays, {"frozen": state(1)["frozen"]})
