@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
@@ -48,7 +49,7 @@ class Checkpoints:
         self.folder, self.best_metric, self.writable = folder, best_metric, writable
         self._keep = keep_last, keep_best
         self._about = dict(about or {})
-        self._wild: dict[int, bool] = {}
+        self._known: dict[int, dict[str, Any]] = {}
         self._manager: ocp.CheckpointManager | None = None
         self._saving = False
 
@@ -60,16 +61,10 @@ class Checkpoints:
         if self._manager:
             return self._manager
         manager, (keep_last, keep_best) = checkpoint_managers, self._keep
-        keep = [manager.LatestN(n=max(keep_last, 1)), _NewestFinite(self._wild)]
+        keep = [manager.LatestN(n=max(keep_last, 1)), _NewestFinite(self._known)]
         if self.best_metric and keep_best:
-            keep.append(
-                manager.BestN(
-                    get_metric_fn=lambda metrics: metrics.get(self.best_metric, float("-inf")),
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
-        self._wild.update({step: _is_wild(self.folder, step) for step in self.steps()})
+            keep.append(_Best(self._known, self.best_metric, keep_best))
+        self._known.update({step: _known(self.folder, step) for step in self.steps()})
         with self._writing():
             self._manager = ocp.CheckpointManager(
                 self.folder,
@@ -104,16 +99,16 @@ class Checkpoints:
         manager = self.open()
         if step in manager.all_steps():
             return
-        ranked = {self.best_metric: float(metrics[self.best_metric])} if self.best_metric in metrics else None
-        record = records.make(state, data, self._about)
-        self._wild[step] = bool(record["wild"])
+        scores = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+        record = records.make(state, data, {**self._about, "metrics": scores})
+        self._known[step] = record
         items = {
             "state": ocp.args.StandardSave(state),
             "data": ocp.args.JsonSave(dict(data)),
             records.ITEM: ocp.args.JsonSave(records.seal(record)),
         }
         with self._writing():
-            manager.save(step, args=ocp.args.Composite(**items), metrics=ranked, force=True)
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saving = True
 
     def check(self) -> None:
@@ -181,17 +176,31 @@ class Checkpoints:
 class _NewestFinite:
     """Keeps the newest checkpoint without infinities and NaN in its parameters, however many came after it."""
 
-    wild: dict[int, bool]
+    known: dict[int, dict[str, Any]]
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        finite = [info.step for info in checkpoints if not self.wild.get(info.step, False)]
+        finite = [info.step for info in checkpoints if not self.known.get(info.step, {}).get("wild")]
         return [info.step in finite[-1:] for info in checkpoints]
 
 
-def _is_wild(folder: str, step: int) -> bool:
-    """Whether a checkpoint is known not to be finite; a damaged one counts as such, one without a record does not."""
+@dataclasses.dataclass
+class _Best:
+    """Keeps those with the highest score, also of runs before this one; orbax forgets scores with the process."""
+
+    known: dict[int, dict[str, Any]]
+    metric: str
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scores = {info.step: self.known.get(info.step, {}).get("metrics", {}) for info in checkpoints}
+        scored = [step for step in scores if self.metric in scores[step]]
+        best = sorted(scored, key=lambda step: (scores[step][self.metric], step))[-self.count :]
+        return [info.step in best for info in checkpoints]
+
+
+def _known(folder: str, step: int) -> dict[str, Any]:
+    """The record of a checkpoint; one that is damaged counts as not finite, one without a record as finite."""
     try:
-        record = records.read(epath.Path(folder) / str(step))
+        return records.read(epath.Path(folder) / str(step)) or {}
     except CheckpointError:
-        return True
-    return bool(record and record["wild"])
+        return {"wild": True}
