@@ -5,6 +5,7 @@ COMMANDS = {
     "plan": "compile for other devices  --config=configs/clip_vitl.py --topology=v5e:16x16",
     "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout:class",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
+    "checkpoint": "verify, diff, average  verify runs/quickstart",
     "data.stats": "what a source holds    scenes:heldout --limit=200",
     "data.inspect": "a step's rows, a page  --config=configs/quickstart.py --out=step.html",
     "data.scenes": "draw the scenes        --sheet=scenes.png",

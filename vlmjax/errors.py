@@ -28,6 +28,10 @@ class CheckpointError(UserError):
     """A checkpoint that is missing, damaged, or belongs to another model."""
 
 
+class DamagedCheckpoint(CheckpointError):
+    """A checkpoint that does not hold what was saved: a run goes on from the one before."""
+
+
 class NonFiniteError(UserError):
     """The loss or a gradient became NaN or infinite. Restarting from the same point does not help."""
 

@@ -1,6 +1,7 @@
 """Checkpoints: which are kept, restored onto any mesh, and what is said when they do not fit or cannot be written."""
 
 import os
+import time
 
 import jax
 import jax.numpy as jnp
@@ -55,10 +56,11 @@ def test_the_best_are_kept_besides(tmp_path):
     options = {"keep_last": 1, "keep_best": 2, "best_metric": "eval/x/top1"}
     kept = written(tmp_path / "c", range(1, 7), [0.5, 0.9, 0.1, 0.8, None, 0.2], **options)
     assert kept == [2, 4, 6]
+    assert written(tmp_path / "c", [8], [0.85], **options) == [2, 8]  # the scores of before are known
     again = Checkpoints(str(tmp_path / "c"), **{**options, "best_metric": "eval/y/top1"})
-    again.save(7, state(7), {"step": 7}, {"eval/y/top1": 0.1})  # another measure than before
+    again.save(9, state(9), {"step": 9}, {"eval/y/top1": 0.1})  # another measure than before
     again.close()
-    assert again.latest() == 7
+    assert again.latest() == 9
 
 
 def test_restored_onto_another_mesh_bit_for_bit(tmp_path):
@@ -144,7 +146,7 @@ def test_a_step_is_written_once(tmp_path):
     checkpoints.close()
 
 
-@pytest.mark.parametrize("when", ["next save", "close"])
+@pytest.mark.parametrize("when", ["next step", "next save", "close"])
 def test_a_write_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch, when):
     import orbax.checkpoint as ocp
 
@@ -158,6 +160,10 @@ def test_a_write_that_fails_in_the_background_is_not_lost(tmp_path, monkeypatch,
     with pytest.raises(CheckpointError, match="cannot be written.*No space left on device"):
         if when == "close":
             checkpoints.close()
+        elif when == "next step":  # `check` waits for nothing: it may be called at every step
+            for _ in range(3000):
+                checkpoints.check()
+                time.sleep(0.01)
         else:
             checkpoints.save(2, state(2), {}, {})
             checkpoints.save(3, state(3), {}, {})

@@ -1,23 +1,28 @@
 """Checkpoints of a run: the state and the data position, written in the background, restored onto any mesh."""
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from vlmjax.errors import CheckpointError
-from vlmjax.sharding.rules import path_of
+from vlmjax.training import reading, records, restoring
 
 Tree = Any
 
 
 class Checkpoints:
-    """The numbered checkpoints of a run: `N/state` (arrays) and `N/data` (json: step, seed, source fingerprint)."""
+    """The numbered checkpoints of a run.
+
+    `N/state` holds the arrays, `N/data` the data position (json: step, seed, source fingerprint) and `N/record` the
+    digest of every array, with what made them.
+    """
 
     def __init__(
         self,
@@ -27,46 +32,63 @@ class Checkpoints:
         keep_best: int = 0,
         best_metric: str = "",
         writable: bool = True,
+        about: Mapping[str, Any] | None = None,
     ):
-        """Open a folder of checkpoints (created when writable).
+        """Name a folder of checkpoints; it is created when it is first written to.
 
         Args:
           folder: local path or gs:// address.
-          keep_last: newest ones kept.
+          keep_last: newest ones kept. The newest one whose parameters are finite is kept besides.
           keep_best: ones kept with the highest `best_metric`, besides.
           best_metric: name among the metrics given to `save`.
           writable: False for commands that only read.
+          about: what each record says beside the digests: recipe, mesh, versions (see `finish.provenance`).
         """
-        manager = checkpoint_managers
-        keep = [manager.LatestN(n=max(keep_last, 1))]
-        if best_metric and keep_best:
-            keep.append(
-                manager.BestN(
-                    get_metric_fn=lambda metrics: metrics.get(best_metric, float("-inf")),
-                    n=keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         if not writable and "://" not in folder and not Path(folder).is_dir():
             raise CheckpointError(f"{folder}: no such folder of checkpoints")
-        self.folder, self.best_metric = folder, best_metric
-        self._manager = ocp.CheckpointManager(
-            folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=manager.AnyPreservationPolicy(keep),
-                cleanup_tmp_directories=writable,
-                # Not `read_only`, which warns on every opening: nothing here writes but `save`.
-                save_root_metadata=writable,
-                create=writable,
-                enable_async_checkpointing=writable,
-            ),
-            item_names=("state", "data"),
-            item_handlers={"state": ocp.StandardCheckpointHandler(), "data": ocp.JsonCheckpointHandler()},
-        )
+        self.folder, self.best_metric, self.writable = folder, best_metric, writable
+        self._keep = keep_last, keep_best
+        self._about = dict(about or {})
+        self._known: dict[int, dict[str, Any]] = {}
+        self._manager: ocp.CheckpointManager | None = None
+        self._saving = False
+
+    def open(self) -> ocp.CheckpointManager:
+        """Make the folder ready to be written, which clears away what unfinished writes left there.
+
+        After a restore: what opens it waits for all processes, on their devices.
+        """
+        if self._manager:
+            return self._manager
+        manager, (keep_last, keep_best) = checkpoint_managers, self._keep
+        keep = [manager.LatestN(n=max(keep_last, 1)), _NewestFinite(self._known)]
+        if self.best_metric and keep_best:
+            keep.append(_Best(self._known, self.best_metric, keep_best))
+        self._known.update({step: _known(self.folder, step) for step in self.steps()})
+        with self._writing():
+            self._manager = ocp.CheckpointManager(
+                self.folder,
+                options=ocp.CheckpointManagerOptions(
+                    preservation_policy=manager.AnyPreservationPolicy(keep),
+                    cleanup_tmp_directories=True,
+                    enable_async_checkpointing=True,
+                ),
+                item_names=("state", "data", records.ITEM),
+                item_handlers={
+                    "state": ocp.StandardCheckpointHandler(),
+                    "data": ocp.JsonCheckpointHandler(),
+                    records.ITEM: ocp.JsonCheckpointHandler(),
+                },
+            )
+        return self._manager
+
+    def steps(self) -> list[int]:
+        """Numbers of the finished checkpoints, in ascending order."""
+        return reading.steps_in(self.folder)
 
     def latest(self) -> int | None:
-        """Number of the newest complete checkpoint."""
-        return self._manager.latest_step()
+        """Number of the newest finished checkpoint."""
+        return max(self.steps(), default=None)
 
     def save(self, step: int, state: Tree, data: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Start writing checkpoint `step`; returns as soon as the arrays have been copied off the devices.
@@ -74,12 +96,25 @@ class Checkpoints:
         Raises:
           CheckpointError: where the previous write failed in the background, so that it is not lost in a log.
         """
-        if step in self._manager.all_steps():
+        manager = self.open()
+        if step in manager.all_steps():
             return
-        ranked = {self.best_metric: float(metrics[self.best_metric])} if self.best_metric in metrics else None
-        items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(dict(data)))
+        scores = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+        record = records.make(state, data, {**self._about, "metrics": scores})
+        self._known[step] = record
+        items = {
+            "state": ocp.args.StandardSave(state),
+            "data": ocp.args.JsonSave(dict(data)),
+            records.ITEM: ocp.args.JsonSave(records.seal(record)),
+        }
         with self._writing():
-            self._manager.save(step, args=items, metrics=ranked, force=True)
+            manager.save(step, args=ocp.args.Composite(**items), force=True)
+        self._saving = True
+
+    def check(self) -> None:
+        """Raise CheckpointError if a write failed in the background; does not wait for one that goes on."""
+        if self._saving and not self._manager.is_saving_in_progress():
+            self.wait()
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -87,80 +122,85 @@ class Checkpoints:
             yield
         except (OSError, ValueError) as error:  # tensorstore's own failures are ValueErrors
             raise CheckpointError(
-                f"{self.folder}: a checkpoint cannot be written: {_one_line(error)}"
+                f"{self.folder}: a checkpoint cannot be written: {reading.one_line(error)}"
             ) from error
 
+    def restore_newest(self, abstract: Tree) -> tuple[Tree, dict[str, Any]] | None:
+        """(state, data position) of the newest good checkpoint, see `restoring.restore_newest`; None without any.
+
+        The folder is open for writing afterwards, so that one that cannot be is found out before the first step.
+        """
+        found = restoring.restore_newest(self.folder, abstract)
+        if self.writable:
+            self.open()
+        return found and found[1:]
+
     def restore(self, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
-        """Read a checkpoint into the shapes, dtypes and shardings of `abstract`.
+        """(state, data position) of one checkpoint in the shapes, dtypes and shardings of `abstract`.
 
         Args:
           step: which one.
           abstract: jax.ShapeDtypeStruct leaves with shardings (of the mesh of today, not the one that saved).
 
         Raises:
-          CheckpointError: naming the parameters that are missing, left over, or of another shape.
+          CheckpointError: naming the parameters that are missing, left over, of another shape, or damaged.
         """
-        self._compare(step, abstract)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), data=ocp.args.JsonRestore())
-        restored = self._manager.restore(step, args=args)
-        return restored["state"], restored["data"]
+        return restoring.restore_step(self.folder, step, abstract)
 
     def read_params(self, step: int) -> dict[str, Tree]:
         """`params`, `frozen` and `ema` of a checkpoint as numpy arrays; the optimizer's arrays are not read.
 
         Raises:
-          CheckpointError: the step does not exist or cannot be read.
+          CheckpointError: the step does not exist, cannot be read, or is damaged.
         """
-        if step not in self._manager.all_steps():
-            steps = ", ".join(map(str, self._manager.all_steps())) or "none"
-            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {steps}")
-        saved = self._saved(step)
-        wanted = {name: saved[name] for name in ("params", "frozen", "ema")}
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-        args = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-            return reader.restore(f"{self.folder}/{step}/state", args=args)
-
-    def tree(self, step: int) -> dict[str, tuple[int, ...]]:
-        """Paths and shapes of the arrays in a checkpoint, without reading them."""
-        leaves = jax.tree_util.tree_flatten_with_path(self._saved(step))[0]
-        return {path_of(path): tuple(leaf.shape) for path, leaf in leaves}
-
-    def _saved(self, step: int) -> Tree:
-        saved = self._manager.item_metadata(step)["state"]
-        if saved is None:
-            raise CheckpointError(
-                f"{self.folder}/{step}: holds no state; it is incomplete or not a vlmjax checkpoint"
-            )
-        return getattr(saved, "tree", saved)
-
-    def _compare(self, step: int, abstract: Tree) -> None:
-        saved = self.tree(step)
-        wanted = {path_of(p): tuple(x.shape) for p, x in jax.tree_util.tree_flatten_with_path(abstract)[0]}
-        problems = [f"missing {path} {wanted[path]}" for path in wanted if path not in saved]
-        problems += [f"left over {path} {saved[path]}" for path in saved if path not in wanted]
-        problems += [
-            f"{path} is {saved[path]} there and {wanted[path]} in the recipe"
-            for path in wanted
-            if path in saved and saved[path] != wanted[path]
-        ]
-        if problems:
-            more = f" and {len(problems) - 6} more" if len(problems) > 6 else ""
-            raise CheckpointError(
-                f"{self.folder}/{step} belongs to another model: {'; '.join(problems[:6])}{more}. "
-                "Use another --workdir, or the recipe that wrote it."
-            )
+        if step not in (steps := self.steps()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
+        return reading.read_arrays(self.folder, step, ("params", "frozen", "ema"))[0]
 
     def wait(self) -> None:
         """Block until what `save` began is on disk."""
-        with self._writing():
-            self._manager.wait_until_finished()
+        self._saving = False
+        if self._manager:
+            with self._writing():
+                self._manager.wait_until_finished()
 
     def close(self) -> None:
         """Wait for pending writes and let go of the folder."""
-        with self._writing():
-            self._manager.close()
+        if self._manager:
+            with self._writing():
+                self._manager.close()
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:500]
+@dataclasses.dataclass
+class _NewestFinite:
+    """Keeps the newest checkpoint without infinities and NaN in its parameters, however many came after it."""
+
+    known: dict[int, dict[str, Any]]
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        finite = [info.step for info in checkpoints if not self.known.get(info.step, {}).get("wild")]
+        return [info.step in finite[-1:] for info in checkpoints]
+
+
+@dataclasses.dataclass
+class _Best:
+    """Keeps those with the highest score, also of runs before this one; orbax forgets scores with the process."""
+
+    known: dict[int, dict[str, Any]]
+    metric: str
+    count: int
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        scores = {info.step: self.known.get(info.step, {}).get("metrics", {}) for info in checkpoints}
+        scored = [step for step in scores if self.metric in scores[step]]
+        best = sorted(scored, key=lambda step: (scores[step][self.metric], step))[-self.count :]
+        return [info.step in best for info in checkpoints]
+
+
+def _known(folder: str, step: int) -> dict[str, Any]:
+    """The record of a checkpoint; one that is damaged counts as not finite, one without a record as finite."""
+    try:
+        return records.read(epath.Path(folder) / str(step)) or {}
+    except CheckpointError:
+        return {"wild": True}

@@ -78,17 +78,25 @@ def describe(workdir: Workdir, recipe: Any, model: Any, mesh: Mesh) -> None:
     """Write recipe.json, model.json and environment.json, which make the folder readable by itself."""
     workdir.write_json("recipe.json", recipe.to_dict())
     workdir.write_json("model.json", build.model_to_json(model.config))
-    versions = {"vlmjax": vlmjax.__version__, **{name: metadata.version(name) for name in PACKAGES}}
+    workdir.write_json("environment.json", environment(mesh))
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+    """Machine, devices, mesh and versions of a run."""
     device = jax.devices()[0]
-    environment = {
+    return {
         "python": platform.python_version(),
         "system": platform.platform(),
         "devices": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
         "processes": jax.process_count(),
         "mesh": dict(mesh.shape),
-        "packages": versions,
+        "packages": {"vlmjax": vlmjax.__version__, **{name: metadata.version(name) for name in PACKAGES}},
     }
-    workdir.write_json("environment.json", environment)
+
+
+def provenance(recipe: Any, mesh: Mesh) -> dict[str, Any]:
+    """What every checkpoint says of its origin: the resolved recipe, its seed, and the environment."""
+    return {"recipe": recipe.to_dict(), "seed": recipe.seed, "environment": environment(mesh)}
 
 
 def finish(

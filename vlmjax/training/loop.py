@@ -71,6 +71,7 @@ def _train(recipe: Any, workdir: str, phases: Phases, profile: bool) -> dict[str
         keep_last=recipe.checkpoint.keep_last,
         keep_best=recipe.checkpoint.keep_best,
         best_metric=recipe.checkpoint.best_metric,
+        about=finish.provenance(recipe, mesh),
     )
 
     # State: random, imported or continued, every array born in its place on the mesh
@@ -135,6 +136,7 @@ def _train(recipe: Any, workdir: str, phases: Phases, profile: bool) -> dict[str
                 with jax.transfer_guard("disallow"):
                     state, metrics = update(state, batch)
                 trace.after(step, metrics)
+                checkpoints.check()
                 steps.started(step, metrics, keys)
                 if step == start + 1:
                     steps.settle()

@@ -17,7 +17,7 @@ from vlmjax.training.state import TrainState, count, merge
 def start_state(
     recipe: Any, model: Any, program: Program, mesh: Mesh, checkpoints: Checkpoints
 ) -> tuple[TrainState, dict[str, Any]]:
-    """The state a run goes on from: its newest checkpoint, imported parameters, or random ones.
+    """The state a run goes on from: its newest good checkpoint, imported parameters, or random ones.
 
     Nothing is ever whole on one device: random numbers are drawn by a program compiled with its output shardings,
     imported and restored arrays are read slice by slice. Where there is a checkpoint nothing is imported.
@@ -25,9 +25,9 @@ def start_state(
     Returns:
       (state, data position of the checkpoint or {}).
     """
-    step = checkpoints.latest()
-    if step is not None:
-        return checkpoints.restore(step, program.state)
+    continued = checkpoints.restore_newest(program.state)
+    if continued:
+        return continued
     places = jax.tree.map(lambda x: x.sharding, program.state)
     if not recipe.init_from:
         return jax.jit(lambda: program.make(init_params(model, recipe.seed)), out_shardings=places)(), {}
