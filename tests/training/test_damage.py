@@ -1,5 +1,6 @@
 """Damaged checkpoints: whatever happens to whichever file, what is restored is what was saved, or older and said so."""
 
+import gc
 import json
 import os
 import shutil
@@ -45,6 +46,13 @@ def write(folder, steps=(1, 2), data=lambda step: {"step": step, "seed": 7}, cha
 
 def same(a, b):
     return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y) and x.dtype == y.dtype, a, b))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def collected():
+    """What failed reads leave behind is collected while the mark above holds."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture(scope="module")
