@@ -12,6 +12,9 @@ from vlmjax import checkpoint, export, hub
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.digests import by_path
 
+# Where a read fails, threads of tensorstore complain of an event loop that orbax has closed, whenever they come to it.
+pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):

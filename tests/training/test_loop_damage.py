@@ -53,7 +53,7 @@ def test_a_damaged_checkpoint_is_not_trained_on(recipe, tmp_path):
     again = tiny.python("-m", "vlmjax.main", *arguments)
     assert again.returncode == 0, again.stderr
     assert "steps       4 to 6 (continued)" in again.stdout
-    assert again.stderr.startswith(f"checkpoint  damaged: {folder}/6: ") and again.stderr.count("\n") == 1
+    assert again.stderr.count(f"checkpoint  damaged: {folder}/6: ") == 1
     assert tiny.losses(tmp_path / "run") == rows
     assert sorted(path.name for path in folder.iterdir()) == ["2", "4", "6", "6.damaged"]
 
