@@ -1,5 +1,7 @@
 """The momentum encoder and the queue of a contrastive stage, followed step by step, on one device and on eight."""
 
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.contrastive import Contrastive
+from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.compile import init_params
 from vlmjax.training.state import make_state, merge, state_shardings
 from vlmjax.training.step import make_train_step
@@ -192,3 +195,28 @@ def test_the_sigmoid_has_its_bias_as_parameter():
     loss, metrics = stage.head(params, stage.encode(params, made, jax.random.key(0)), made, {})
     assert np.isfinite(loss) and metrics["logit_bias"] == -10.0
     assert "logit_bias" not in Contrastive(tiny.recipe(), MODEL, stage.mesh).with_own_params(params)
+
+
+@pytest.mark.parametrize("queue", [0, 2 * BATCH])
+def test_a_checkpoint_keeps_average_and_queue(tmp_path, queue):
+    states, _, _ = run(loss__queue=queue)
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        checkpoints.save(4, states[-1], {"step": 4}, {})
+        checkpoints.wait()
+        abstract = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), states[-1]
+        )
+        again, _ = checkpoints.restore(4, abstract)
+    jax.tree.map(np.testing.assert_array_equal, again, states[-1])
+
+
+def test_a_checkpoint_from_before_stages_carried_anything_goes_on(tmp_path):
+    state = make_state(init_params(MODEL, 0), (), optax.sgd(0.5), False)
+    old = {name: getattr(state, name) for name in ("step", "params", "frozen", "opt_state", "ema")}
+    with contextlib.closing(Checkpoints(str(tmp_path))) as checkpoints:
+        checkpoints.save(1, old, {"step": 1}, {})
+        checkpoints.wait()
+        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+        again, _ = checkpoints.restore(1, abstract)
+    assert again.extra == {}
+    jax.tree.map(np.testing.assert_array_equal, again, state)

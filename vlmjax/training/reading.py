@@ -1,6 +1,7 @@
 """Reading one checkpoint: each process on its own, waiting for no other, and telling damage from all else."""
 
 import contextlib
+import dataclasses
 import gc
 import sys
 import traceback
@@ -66,9 +67,14 @@ def read_state(folder: str, step: int, abstract: Tree) -> tuple[Tree, dict[str, 
 
     wanted = [as_saved(name, x) for name, x in by_path(abstract).items()]
     wanted = jax.tree.unflatten(jax.tree.structure(abstract), wanted)
+    # Checkpoints from before states had `extra` lack even its empty group, which orbax would miss.
+    older = dataclasses.is_dataclass(wanted) and "extra" not in _saved(path)
+    if older:
+        wanted = {field.name: getattr(wanted, field.name) for field in dataclasses.fields(wanted)}
+        del wanted["extra"]
     with naming_damage(path):
         state = ocp.StandardCheckpointHandler().restore(path / "state", args=ocp.args.StandardRestore(wanted))
-    return state, data, record
+    return abstract.replace(**state, extra={}) if older else state, data, record
 
 
 def differing(leaves: Mapping[str, Any], record: Mapping[str, Any], *, on_host: bool = False) -> list[str]:
