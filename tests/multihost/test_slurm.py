@@ -170,7 +170,6 @@ def test_a_killed_task_is_restarted_in_the_job(cluster, recipe, undisturbed, tmp
     np.testing.assert_array_equal(job.losses(), undisturbed)
 
 
-@pytest.mark.xfail(strict=False, reason="several processes do not yet agree on a step to stop at")
 def test_a_stopped_job_is_requeued_and_goes_on(cluster, recipe, undisturbed, tmp_path):
     """The signal goes to the batch shell alone, as that of `--signal=B:TERM@...` before a time limit."""
     job = Job(cluster, recipe, tmp_path)
