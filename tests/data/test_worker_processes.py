@@ -156,6 +156,8 @@ def test_a_trainer_that_ends_at_once_leaves_no_shared_memory(tmp_path, ended):
         env=env,
         stdout=subprocess.PIPE,
         text=True,
+        # Whatever started the tests may have made them deaf to it, as nohup does.
+        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         start_new_session=True,
     )
     with child:

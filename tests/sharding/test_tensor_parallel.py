@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.sharding import PartitionSpec
-from models import tiny_models
 from sharding.small_step import SIDE, TOKENS, dual_encoder
 
+from tests.models import tiny_models
 from vlmjax.config import TOWER_SHARDING
 from vlmjax.losses.contrastive import info_nce
 from vlmjax.sharding.activations import on_mesh

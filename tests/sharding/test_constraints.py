@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
-from models import tiny_models
 from sharding.small_step import dual_encoder, lowered_step
 
+from tests.models import tiny_models
 from vlmjax.data.images import EvalTransform
 from vlmjax.evals.embed import Embedder
 from vlmjax.models.bert import Bert
