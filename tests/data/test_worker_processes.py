@@ -128,7 +128,8 @@ def test_a_killed_worker_is_an_error_that_says_so(words):
 
 
 PROGRAM = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # whatever started the tests may have made them deaf to it
 from helpers import memory, tokenizer
 from vlmjax.data import augment
 from vlmjax.data.pipeline import TrainData
@@ -156,8 +157,6 @@ def test_a_trainer_that_ends_at_once_leaves_no_shared_memory(tmp_path, ended):
         env=env,
         stdout=subprocess.PIPE,
         text=True,
-        # Whatever started the tests may have made them deaf to it, as nohup does.
-        preexec_fn=lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL),
         start_new_session=True,
     )
     with child:

@@ -109,7 +109,7 @@ def test_no_damage_to_any_file_gives_wrong_weights(whole, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_no_damage_anywhere_gives_wrong_weights(whole, tmp_path, capsys):
-    table(whole, tmp_path, capsys, flips=40)
+    table(whole, tmp_path, capsys, flips=6)
 
 
 def test_every_bit_of_the_arrays_is_looked_at(tmp_path, monkeypatch):
