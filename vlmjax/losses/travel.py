@@ -58,18 +58,14 @@ class Route:
         return PartitionSpec(self.axes)
 
 
-def make_route(
-    mesh: Mesh | None, axes: tuple[str, ...], gather: tuple[str, ...], two_way: bool = True
-) -> Route:
+def make_route(mesh: Mesh, axes: tuple[str, ...], gather: tuple[str, ...]) -> Route:
     """A route over `axes` that gathers along `gather` and goes round a ring along the others."""
-    if mesh is None:
-        return Route()
     gather = tuple(axis for axis in axes if axis in gather and mesh.shape[axis] > 1)
     ring = tuple(axis for axis in axes if axis not in gather and mesh.shape[axis] > 1)
     if not ring and not gather:
         return Route()
     cycle = ring_cycle(mesh, ring) if ring else ()
-    return Route(mesh, ring, gather, cycle, two_way=two_way and not gather and len(cycle) > 2)
+    return Route(mesh, ring, gather, cycle, two_way=not gather and len(cycle) > 2)
 
 
 def hand_on(route: Route, tree: Tree, direction: int) -> Tree:
