@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
 from vlmjax.errors import CheckpointError
+from vlmjax.sharding import vote
 from vlmjax.training import reading, records, restoring
 
 Tree = Any
@@ -134,6 +136,32 @@ class Checkpoints:
         if self.writable:
             self.open()
         return found and found[1:]
+
+    def newest_before(self, step: int) -> int | None:
+        """Number of the newest checkpoint of a step up to this one, the same on every process; None without any.
+
+        What is being written is waited for.
+        """
+        self.wait()
+        there = max((number for number in self.steps() if number <= step), default=None)
+        return json.loads(vote.first_says("looking for a checkpoint to go back to", json.dumps(there)))
+
+    def go_back(self, step: int, abstract: Tree, reason: str) -> tuple[int, Tree]:
+        """(step, state) of checkpoint `step`, or of the newest good one before it; later ones are set aside.
+
+        Raises:
+          CheckpointError: none is good.
+        """
+        if self._manager:
+            self._manager.close()
+            self._manager = None
+        back, state, _ = restoring.restore_newest(self.folder, abstract, until=step)
+        for later in json.loads(vote.first_says("listing the checkpoints", json.dumps(self.steps()))):
+            if later > back:
+                restoring.set_aside(self.folder, later, reason, "spiked")
+        self._known.clear()
+        self.open()
+        return back, state
 
     def restore(self, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """(state, data position) of one checkpoint in the shapes, dtypes and shardings of `abstract`.

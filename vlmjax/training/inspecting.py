@@ -47,12 +47,15 @@ def chosen(run: Run, step: int | None) -> int:
 
 
 def listing(run: Run) -> Iterator[str]:
-    """A line for each checkpoint, also those put aside as damaged."""
+    """A line for each checkpoint, also those put aside as damaged or for a spike of the loss."""
     for step in run.steps:
         path = epath.Path(run.checkpoints) / str(step)
         system, base = fsspec.core.url_to_fs(str(path))
         yield f"step {step:<10} {system.du(base) / 2**20:10.1f} MiB  {_described(path)}"
-    for path in sorted(epath.Path(run.checkpoints).glob("*.damaged*")):
+    aside = [
+        path for word in ("damaged", "spiked") for path in epath.Path(run.checkpoints).glob(f"*.{word}*")
+    ]
+    for path in sorted(aside):
         why = path / "why.txt"
         yield f"{path.name:<15} {why.read_text().strip() if why.exists() else 'no reason given'}"
 

@@ -16,7 +16,7 @@ Tree = Any
 
 
 def restore_newest(
-    folder: str, abstract: Tree, *, seconds: float = vote.SECONDS
+    folder: str, abstract: Tree, *, until: int | None = None, seconds: float = vote.SECONDS
 ) -> tuple[int, Tree, dict[str, Any]] | None:
     """The newest good checkpoint; damaged ones that are newer are renamed, and why is printed.
 
@@ -26,6 +26,7 @@ def restore_newest(
     Args:
       folder: of the checkpoints.
       abstract: jax.ShapeDtypeStruct leaves with the shardings of today.
+      until: look at none of a later step.
       seconds: how much longer than this process another may take.
 
     Returns:
@@ -34,7 +35,8 @@ def restore_newest(
     Raises:
       CheckpointError: none is good, or it belongs to another model, or it cannot be read now.
     """
-    steps = json.loads(vote.first_says("listing the checkpoints", json.dumps(steps_in(folder)), seconds))
+    there = [step for step in steps_in(folder) if until is None or step <= until]
+    steps = json.loads(vote.first_says("listing the checkpoints", json.dumps(there), seconds))
     for step in reversed(steps):
         try:
             return step, *restore_step(folder, step, abstract, seconds=seconds)
@@ -44,7 +46,7 @@ def restore_newest(
                     f"no good checkpoint is left: {error}; `python -m vlmjax.checkpoint verify` looks at all of them. "
                     f"To begin anew, name another --workdir or remove {folder}"
                 ) from error
-            moved = quarantine(folder, step, str(error), seconds)
+            moved = set_aside(folder, step, str(error), seconds=seconds)
             _tell(f"damaged: {error}; kept as {moved}, going on from an older one")
     return None
 
@@ -83,15 +85,18 @@ def restore_step(
     return jax.tree.map(_cast, state, abstract), data
 
 
-def quarantine(folder: str, step: int, reason: str, seconds: float = vote.SECONDS) -> str:
-    """Rename a checkpoint so that nothing takes it for one, its reason in `why.txt`; returns the new name.
+def set_aside(
+    folder: str, step: int, reason: str, word: str = "damaged", *, seconds: float = vote.SECONDS
+) -> str:
+    """Rename a checkpoint to `STEP.word` so that nothing takes it for one, its reason in `why.txt`.
 
-    Process 0 does it, and all have seen it done on return. Raises CheckpointError where it cannot be renamed.
+    Process 0 does it, and all have seen it done on return. Returns the new name; raises CheckpointError where it cannot
+    be renamed.
     """
     done = ("", "")
     if jax.process_index() == 0:
         source = epath.Path(folder) / str(step)
-        names = (f"{step}.damaged" + (f".{i}" if i else "") for i in range(1000))
+        names = (f"{step}.{word}" + (f".{i}" if i else "") for i in range(1000))
         target = next(path for name in names if not (path := epath.Path(folder) / name).exists())
         try:
             (source / "why.txt").write_text(reason + "\n")
