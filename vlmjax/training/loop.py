@@ -27,7 +27,7 @@ from vlmjax.training.optimizer import make_schedule
 from vlmjax.training.phases import Phases
 from vlmjax.training.report import write_report
 from vlmjax.training.spikes import Spikes
-from vlmjax.training.start import announce, start_state
+from vlmjax.training.start import announce, reference, start_state
 from vlmjax.training.stop import StopRequest
 from vlmjax.training.watchdog import Watchdog
 from vlmjax.training.workdir import Workdir
@@ -72,16 +72,17 @@ class Run:
         self.tokenizer = build.make_tokenizer(recipe, self.source, folder)
         self.model = build.make_model(recipe, self.tokenizer)
         schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
+
+        # State: random, imported or continued, every array born in its place on the mesh
+        self.program = make_program(recipe, self.model, self.mesh, schedule)
         self.checkpoints = Checkpoints(
             folder.checkpoints,
             keep_last=recipe.checkpoint.keep_last,
             keep_best=recipe.checkpoint.keep_best,
             best_metric=recipe.checkpoint.best_metric,
             about=finish.provenance(recipe, self.mesh),
+            reference=reference(recipe, self.model, self.program, self.mesh),
         )
-
-        # State: random, imported or continued, every array born in its place on the mesh
-        self.program = make_program(recipe, self.model, self.mesh, schedule)
         phases.enter("restore")
         barrier("state")
         self.state, saved = start_state(recipe, self.model, self.program, self.mesh, self.checkpoints)

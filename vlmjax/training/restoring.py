@@ -7,16 +7,22 @@ from typing import Any
 import jax
 from etils import epath
 
-from vlmjax.errors import CheckpointError, DamagedCheckpoint
+from vlmjax.errors import CheckpointError, DamagedCheckpoint, UserError
 from vlmjax.sharding import vote
 from vlmjax.training.digests import by_path
 from vlmjax.training.reading import and_more, differing, one_line, read_state, steps_in
+from vlmjax.training.records import Reference, named_only
 
 Tree = Any
 
 
 def restore_newest(
-    folder: str, abstract: Tree, *, until: int | None = None, seconds: float = vote.SECONDS
+    folder: str,
+    abstract: Tree,
+    reference: Reference | None = None,
+    *,
+    until: int | None = None,
+    seconds: float = vote.SECONDS,
 ) -> tuple[int, Tree, dict[str, Any]] | None:
     """The newest good checkpoint; damaged ones that are newer are renamed, and why is printed.
 
@@ -26,6 +32,7 @@ def restore_newest(
     Args:
       folder: of the checkpoints.
       abstract: jax.ShapeDtypeStruct leaves with the shardings of today.
+      reference: where frozen parameters are from that a checkpoint only names.
       until: look at none of a later step.
       seconds: how much longer than this process another may take.
 
@@ -39,7 +46,7 @@ def restore_newest(
     steps = json.loads(vote.first_says("listing the checkpoints", json.dumps(there), seconds))
     for step in reversed(steps):
         try:
-            return step, *restore_step(folder, step, abstract, seconds=seconds)
+            return step, *restore_step(folder, step, abstract, reference, seconds=seconds)
         except DamagedCheckpoint as error:
             if step == steps[0]:
                 raise CheckpointError(
@@ -52,7 +59,12 @@ def restore_newest(
 
 
 def restore_step(
-    folder: str, step: int, abstract: Tree, *, seconds: float = vote.SECONDS
+    folder: str,
+    step: int,
+    abstract: Tree,
+    reference: Reference | None = None,
+    *,
+    seconds: float = vote.SECONDS,
 ) -> tuple[Tree, dict[str, Any]]:
     """A checkpoint, on all processes or on none: (state, data position).
 
@@ -62,11 +74,11 @@ def restore_step(
     """
     state = data = record = None
     try:
-        state, data, record = read_state(folder, step, abstract)
+        state, data, record = read_state(folder, step, abstract, reference)
         verdict = ("good", "")
     except DamagedCheckpoint as error:
         verdict = ("damaged", str(error))
-    except CheckpointError as error:
+    except UserError as error:
         verdict = ("refused", str(error))
     said = vote.exchange(f"restoring checkpoint {step}", json.dumps(verdict), seconds)
     verdicts = [json.loads(verdict) for verdict in said]
@@ -78,7 +90,13 @@ def restore_step(
         _tell(f"{folder}/{step} was written without digests: what it holds cannot be verified")
         return state, data
     path = f"{folder}/{step}"
-    if wrong := differing(by_path(state), record):
+    wrong = differing(by_path(state), record)
+    if wrong and set(wrong) <= named_only(record):
+        raise CheckpointError(
+            f"{path} was trained beside other frozen parameters than {reference.address} holds now "
+            f"({and_more(wrong)}): bring back what was there ({record['frozen_from']}), or start a new workdir"
+        )
+    if wrong:
         raise DamagedCheckpoint(f"{path}: {and_more(wrong)} not what was saved")
     if record["wild"]:
         raise DamagedCheckpoint(f"{path}: {and_more(record['wild'])} not finite")
