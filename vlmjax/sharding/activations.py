@@ -15,6 +15,7 @@ ACTIVATIONS: dict[str, tuple[str, ...]] = {
     "batch": BATCH_AXES,
     "heads": ("tensor",),
     "mlp": ("tensor",),  # the wide half of an MLP
+    "vocab": ("tensor",),  # scores of all tokens of a vocabulary
 }
 
 
