@@ -17,6 +17,7 @@ from vlmjax.ops.rotary import Rope, angles, rotate
 from vlmjax.sharding.activations import constrain
 
 NORMS = {"rms": RmsNorm, "layer": LayerNorm}
+FAMILIES = ("llama", "mistral", "qwen2", "opt")
 # Rows of OPT's position table before that of position 0 (fairseq counted from its padding id, 1).
 LEARNED_OFFSET = 2
 
@@ -37,6 +38,7 @@ class DecoderConfig:
       window: a token sees itself and the window - 1 before it; None is no limit.
       embed_dim: width of token embedding and head where it is not the model's (opt-350m); None is the same.
       bos_token_id, eos_token_ids, pad_token_id: the tokenizer's; kept for generation, the model does not use them.
+      family: one of FAMILIES, whose Hugging Face class it is written as. It decides nothing else.
     """
 
     width: int
@@ -64,6 +66,7 @@ class DecoderConfig:
     bos_token_id: int | None = 1
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
+    family: str = "llama"
     dtype: str = "float32"
     remat: str = "none"
 
@@ -80,8 +83,14 @@ class DecoderConfig:
             )
         if self.rope is not None and self.head_dim % 2:
             raise RecipeError(f"DecoderConfig.head_dim {self.head_dim} is odd; rotary positions turn pairs")
-        tables = (("activation", ACTIVATIONS), ("norm", NORMS), ("dtype", DTYPES), ("remat", REMAT))
-        for field, known in tables:
+        tables = {
+            "activation": ACTIVATIONS,
+            "norm": NORMS,
+            "family": FAMILIES,
+            "dtype": DTYPES,
+            "remat": REMAT,
+        }
+        for field, known in tables.items():
             if getattr(self, field) not in known:
                 raise RecipeError(
                     f"DecoderConfig.{field} is {getattr(self, field)!r}; choose one of {', '.join(known)}"

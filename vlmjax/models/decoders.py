@@ -29,6 +29,7 @@ def _qwen2(width: int, depth: int, heads: tuple[int, int, int], mlp_dim: int, **
         rope=Rope(theta=1e6),
         norm_eps=1e-6,
         qkv_bias=True,
+        family="qwen2",
         bos_token_id=151643,
         eos_token_ids=(151643,),
         **sizes,
@@ -52,6 +53,7 @@ def _opt(width: int, depth: int, heads: int, **changes) -> DecoderConfig:
         bos_token_id=2,
         eos_token_ids=(2,),
         pad_token_id=1,
+        family="opt",
         **changes,
     )
 
@@ -62,7 +64,7 @@ DECODERS: dict[str, DecoderConfig] = {
     "llama3-8b": _llama3(Rope(theta=5e5), max_length=8192),
     "llama3.1-8b": _llama3(Rope(theta=5e5, scaling="llama3", factor=8.0), max_length=131072),
     "mistral-7b": DecoderConfig(
-        *(4096, 32, 32, 8, 128, 14336), vocab_size=32000, max_length=32768, window=4096
+        *(4096, 32, 32, 8, 128, 14336), vocab_size=32000, max_length=32768, window=4096, family="mistral"
     ),  # v0.1; later versions have no window and theta 1e6
     "qwen2-0.5b": _qwen2(896, 24, (14, 2, 64), 4864, vocab_size=151936, tied=True),
     "qwen2-1.5b": _qwen2(1536, 28, (12, 2, 128), 8960, vocab_size=151936, tied=True),
