@@ -30,19 +30,32 @@ def constrain(x: Any, *names: str | None) -> Any:
       names: for each dimension a name in ACTIVATIONS, or None. A dimension that its axes do not divide (the one
         example that parameters are made with) stays whole, and so does one whose axes the mesh lacks.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
+    free = _free_axes()
+    if not free:
         return x
-    free = {
-        name: mesh.shape[name]
-        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
-        if kind == AxisType.Auto  # inside a shard_map the arrays are parts already
-    }
     spec = []
     for size, name in zip(x.shape, names, strict=True):
         axes = tuple(axis for axis in ACTIVATIONS[name] if axis in free) if name else ()
         spec.append(axes if size % math.prod(free[axis] for axis in axes) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if free else x
+    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+
+
+def parts(name: str) -> int:
+    """How many parts a dimension of this name is cut into by the mesh in context; 1 without one."""
+    free = _free_axes()
+    return math.prod(free[axis] for axis in ACTIVATIONS[name] if axis in free)
+
+
+def _free_axes() -> dict[str, int]:
+    """Axes of the mesh in context that the compiler distributes over, and their sizes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return {}
+    return {
+        name: mesh.shape[name]
+        for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
+        if kind == AxisType.Auto  # inside a shard_map the arrays are parts already
+    }
 
 
 def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
