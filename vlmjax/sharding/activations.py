@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -33,11 +33,30 @@ def constrain(x: Any, *names: str | None) -> Any:
     free = _free_axes()
     if not free:
         return x
+    return jax.lax.with_sharding_constraint(x, _spec(x.shape, names, free))
+
+
+def on_each_device(function: Callable, names: Sequence[Sequence[str | None]], *arrays: Any) -> Any:
+    """`function` of each device's own parts of the arrays, for kernels that the compiler cannot distribute.
+
+    Args:
+      function: no two parts may need each other; its result is cut as the first array is.
+      names: for each array the names of its dimensions, as `constrain` takes them.
+    """
+    free = _free_axes()
+    if not free:
+        return function(*arrays)
+    specs = tuple(_spec(x.shape, dims, free) for x, dims in zip(arrays, names, strict=True))
+    # Kernels do not say over which axes their results vary.
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def _spec(shape: Sequence[int], names: Sequence[str | None], free: dict[str, int]) -> PartitionSpec:
     spec = []
-    for size, name in zip(x.shape, names, strict=True):
+    for size, name in zip(shape, names, strict=True):
         axes = tuple(axis for axis in ACTIVATIONS[name] if axis in free) if name else ()
         spec.append(axes if size % math.prod(free[axis] for axis in axes) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec))
+    return PartitionSpec(*spec)
 
 
 def parts(name: str) -> int:
