@@ -9,12 +9,30 @@ import numpy as np
 from vlmjax.hub import folder
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.clip import Clip, ClipConfig, ClipText, ClipVision
+from vlmjax.models.decoder import Decoder, DecoderConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
+from vlmjax.ops.rotary import Rope
 
 IMAGE = VitConfig(width=20, depth=2, heads=5, mlp_dim=28, image_size=24, patch_size=8, activation="gelu")
 TEXT = TextConfig(
     width=12, depth=3, heads=3, mlp_dim=20, vocab_size=70, max_length=16, eos_token_id=1, bos_token_id=0, pad_token_id=1
+)  # fmt: skip
+LLAMA = DecoderConfig(
+    width=20, depth=2, heads=4, kv_heads=2, head_dim=6, mlp_dim=28, vocab_size=50, max_length=64,
+    rope=Rope(5e5, "llama3", 8.0, 1.0, 4.0, 32), eos_token_ids=(2, 3),
+)  # fmt: skip
+MISTRAL = DecoderConfig(
+    width=12, depth=3, heads=3, kv_heads=1, head_dim=8, mlp_dim=20, vocab_size=50, window=5, family="mistral"
+)
+QWEN2 = DecoderConfig(
+    width=12, depth=2, heads=3, kv_heads=3, head_dim=4, mlp_dim=20, vocab_size=50, qkv_bias=True, tied=True,
+    rope=Rope(1e6), bos_token_id=None, eos_token_ids=(), family="qwen2",
+)  # fmt: skip
+OPT = DecoderConfig(
+    width=12, depth=2, heads=3, kv_heads=3, head_dim=4, mlp_dim=20, vocab_size=50, max_length=16, rope=None,
+    norm="layer", pre_norm=False, final_norm=False, activation="relu", gated=False, qkv_bias=True, out_bias=True,
+    mlp_bias=True, tied=True, embed_dim=10, pad_token_id=1, family="opt",
 )  # fmt: skip
 BERT = BertConfig(width=12, depth=2, heads=3, mlp_dim=20, vocab_size=50, max_length=16, pad_token_id=-1)
 
@@ -26,6 +44,10 @@ MODELS = {
     "CLIPTextModelWithProjection": ClipText(TEXT, 10),
     "BertModel": Bert(BERT),
     "VisionTextDualEncoderModel": Clip(ClipConfig(IMAGE, BERT, 10)),
+    "LlamaForCausalLM": Decoder(LLAMA),
+    "MistralForCausalLM": Decoder(MISTRAL),
+    "Qwen2ForCausalLM": Decoder(QWEN2),
+    "OPTForCausalLM": Decoder(OPT),
 }
 
 

@@ -63,8 +63,13 @@ def close(ours: Any, theirs: Any, tolerance: float = 1e-4, what: str = "") -> No
     assert worst <= tolerance * scale, f"{what}: off by {worst:.3g} where the largest value is {scale:.3g}"
 
 
-def gradients(model: Any, ours: dict[str, Any], reference: Any, tolerance: float = 1e-4) -> int:
-    """Compare the gradients of all parameters, mapped through the table; return how many tensors were compared."""
+def gradients(
+    model: Any, ours: dict[str, Any], reference: Any, tolerance: float = 1e-4, *, turned: bool = False
+) -> int:
+    """Compare the gradients of all parameters, mapped through the table; return how many tensors were compared.
+
+    `turned` says that keys are turned by their positions, so that their bias does have a gradient.
+    """
     family = folder.family_of(model)
     tensors = table.write(family.rows(model), ours, folder.abstract_params(family, model))
     theirs = dict(reference.named_parameters())
@@ -72,7 +77,7 @@ def gradients(model: Any, ours: dict[str, Any], reference: Any, tolerance: float
     assert set(names) == set(tensors)
     for name, tensor in tensors.items():
         grad = theirs[names[name]].grad
-        if name.endswith(("k_proj.bias", "key.bias")):
+        if name.endswith(("k_proj.bias", "key.bias")) and not turned:
             # It adds the same to every score of a query, so its true gradient is 0: measure by the query's.
             sibling = names[name.replace("k_proj", "q_proj").replace("key", "query")]
             limit = tolerance * float(theirs[sibling].grad.abs().max())

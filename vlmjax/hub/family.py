@@ -28,6 +28,7 @@ class Family(NamedTuple):
         processor: the class's processor in transformers, None where there is none.
         beside: scalar parameters that training may have and the class has not; config.json keeps them, as keys that
             transformers carries along unread.
+        copies: module -> tensors that a file may hold beside the one they must equal, as a tied head.
     """
 
     architecture: str
@@ -39,6 +40,7 @@ class Family(NamedTuple):
     within: Mapping[str, tuple[str, ...]]
     processor: str | None
     beside: tuple[str, ...] = ()
+    copies: Callable[[Any], Mapping[str, str]] = lambda model: {}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -60,6 +62,13 @@ def require(config: Mapping[str, Any], where: str, **wanted: Any) -> None:
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise HubError(f"{where}.{key} is {config[key]!r}; only {value!r} is supported")
+
+
+def only(config: Any, where: str, **wanted: Any) -> None:
+    """Raise HubError where our configuration has another value than the one that a Hugging Face class can express."""
+    for field, value in wanted.items():
+        if getattr(config, field) != value:
+            raise HubError(f"{where} has {field} {value!r} only; the model has {getattr(config, field)!r}")
 
 
 def note_training_only(config: Mapping[str, Any], where: str, key: str, ours: float) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, clip, processor, safetensors, table
+from vlmjax.hub import bert, clip, llama, opt, processor, safetensors, table
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.clip import Clip, ClipText, ClipVision
+from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
 
 FAMILIES: dict[str, Family] = {
@@ -29,6 +32,10 @@ FAMILIES: dict[str, Family] = {
         clip.TEXT_PROJECTED,
         bert.BERT,
         bert.DUAL_ENCODER,
+        llama.LLAMA,
+        llama.MISTRAL,
+        llama.QWEN2,
+        opt.OPT,
     )
 }
 
@@ -39,7 +46,14 @@ _BY_TYPE = {
     "clip_text_model": "CLIPTextModel",
     "bert": "BertModel",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "opt": "OPTForCausalLM",
 }
+
+# Which class a decoder is written as.
+_BY_FAMILY = {"llama": llama.LLAMA, "mistral": llama.MISTRAL, "qwen2": llama.QWEN2, "opt": opt.OPT}
 
 Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 
@@ -75,8 +89,11 @@ def load(
     path, family, left_behind, model = _open(folder, architecture, compute_dtype or dtype)
     expected = abstract_params(family, model)
     places = shardings(expected) if callable(shardings) else shardings
-    names = family.names._replace(ignored=(*family.names.ignored, *left_behind))
     weights = safetensors.open_folder(path)
+    copies = family.copies(model)
+    _check_copies(copies, family.names.resolve(list(weights)), weights, path)
+    ignored = (*family.names.ignored, *left_behind, *map(re.escape, copies))
+    names = family.names._replace(ignored=ignored)
     params = table.read(
         family.rows(model),
         weights,
@@ -118,7 +135,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText or Bert.
+        model: Clip, ClipVision, ClipText, Bert or Decoder.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -163,8 +180,10 @@ def family_of(model: nn.Module) -> Family:
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
         case Bert():
             return bert.BERT
+        case Decoder():
+            return _BY_FAMILY[model.config.family]
     raise HubError(
-        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert"
+        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert, Decoder"
     )
 
 
@@ -237,6 +256,20 @@ def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
         towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
         return model.clone(config=replace(config, **towers))
     return model.clone(config=replace(config, dtype=dtype))
+
+
+def _check_copies(
+    copies: Mapping[str, str], found: Mapping[str, str], weights: safetensors.Weights, path: Path
+) -> None:
+    """Raise HubError where two tensors differ that the configuration says are one."""
+    for copy, original in copies.items():
+        if copy in found and original in found:
+            pair = found[copy], found[original]
+            if not np.array_equal(*(weights[name] for name in pair)):
+                raise HubError(
+                    f"{path}: {pair[0]} differs from {pair[1]}, but config.json says they are one; "
+                    "set tie_word_embeddings to false there, or remove the tensor that is not meant"
+                )
 
 
 def _known(dtype: str, argument: str) -> str:

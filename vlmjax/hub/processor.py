@@ -14,12 +14,14 @@ from vlmjax.errors import DataError, HubError
 from vlmjax.hub.family import Family
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import BertConfig
+from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 
 IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
 TOKENIZER = "tokenizer_config.json"
+Words = TextConfig | BertConfig | DecoderConfig
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -127,11 +129,11 @@ def write(
     (path / TOKENIZER).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
 
 
-def _towers(model: nn.Module) -> tuple[VitConfig | None, TextConfig | BertConfig | None]:
+def _towers(model: nn.Module) -> tuple[VitConfig | None, Words | None]:
     config = model.config
     if isinstance(config, VitConfig):
         return config, None
-    if isinstance(config, (TextConfig, BertConfig)):
+    if isinstance(config, (TextConfig, BertConfig, DecoderConfig)):
         return None, config
     return config.image, config.text
 
@@ -153,7 +155,7 @@ def _as_transform(processor: Any) -> EvalTransform:
     )
 
 
-def _check_tokenizer(family: Family, words: TextConfig | BertConfig | None, tokenizer: Any) -> None:
+def _check_tokenizer(family: Family, words: Words | None, tokenizer: Any) -> None:
     if tokenizer is None:
         return
     if words is None:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlmjax.errors import RecipeError, UserError
 from vlmjax.ops.activations import ACTIVATIONS
 from vlmjax.ops.attention import attention, merge_heads, split_heads
-from vlmjax.ops.norms import layer_norm
+from vlmjax.ops.norms import layer_norm, rms_norm
 from vlmjax.sharding.activations import constrain
 
 Ids = Int[Array | np.ndarray, "batch tokens"]
@@ -52,6 +52,19 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
         bias = self.param("bias", nn.initializers.zeros_init(), x.shape[-1:], jnp.float32)
         return layer_norm(x, scale, bias, self.eps).astype(self.dtype)
+
+
+class RmsNorm(nn.Module):
+    """Root-mean-square normalisation with a learned scale; computed in float32, returned in `dtype`."""
+
+    eps: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
+        """Normalise the last axis."""
+        scale = self.param("scale", nn.initializers.ones_init(), x.shape[-1:], jnp.float32)
+        return rms_norm(x.astype(self.dtype), scale, self.eps)
 
 
 class SelfAttention(nn.Module):

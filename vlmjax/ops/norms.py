@@ -23,6 +23,20 @@ def layer_norm(
     return centred * jax.lax.rsqrt(variance + eps) * scale.reshape(shape) + bias.reshape(shape)
 
 
+def rms_norm(
+    x: Float[Array, "*batch width"], scale: Float[Array, " width"], eps: float
+) -> Float[Array, "*batch width"]:
+    """Divide the last axis by its root mean square (arXiv:1910.07467); the result has the dtype of `x`.
+
+    The division is float32 and its result is rounded to the dtype of `x` before it is scaled, in that order, as in
+    the models whose weights are read (transformers, LlamaRMSNorm).
+    """
+    wide = x.astype(jnp.float32)
+    square = jnp.square(wide).mean(axis=-1, keepdims=True)
+    unit = (wide * jax.lax.rsqrt(square + eps)).astype(x.dtype)
+    return unit * scale.astype(x.dtype).reshape((1,) * (x.ndim - 1) + scale.shape)
+
+
 def l2_normalize(x: Float[Array, "*batch width"]) -> Float[Array, "*batch width"]:
     """Divide by the Euclidean length of the last axis, in float32. A vector of zeros stays zeros."""
     x = x.astype(jnp.float32)
