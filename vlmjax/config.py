@@ -110,6 +110,12 @@ def recipe() -> Config:
     c.eval_every = duration()  # nothing set: at the end only
     c.report_every = duration()  # report.html beside the run; nothing set: with every evaluation
     c.nonfinite_limit = 5  # as many updates in a row skipped for a NaN or infinity end the run (77)
+    # A spike is so many steps in a row whose loss lies `threshold` robust deviations above the median of the last
+    # `window`. It is told; with `rewind` the run goes back to the newest checkpoint so many steps before it, and goes
+    # on with the data after it (PaLM, 2204.02311, section 5.1: some 100 steps before).
+    c.spikes = Config(
+        {"threshold": 10.0, "window": 100, "steps": 5, "rewind": 0}
+    )  # threshold 0 = not looked for
     c.watchdog = (
         300.0  # seconds a step may take before the process exits (76), ten times that for the rest; 0 = off
     )

@@ -43,6 +43,12 @@ def check_values(c: Any) -> None:
     if c.seed >= 2**63:
         raise RecipeError(f"config.seed={c.seed}: expected a number below 2**63")
     _at_least(c.watchdog, 0, "config.watchdog")
+    for name, least in (("threshold", 0), ("window", 2), ("steps", 1), ("rewind", 0)):
+        _at_least(c.spikes[name], least, f"config.spikes.{name}")
+    if c.spikes.rewind and not c.spikes.threshold:
+        raise RecipeError(
+            f"config.spikes.rewind={c.spikes.rewind} needs spikes to be looked for: set config.spikes.threshold above 0"
+        )
     for name in ("width", "depth", "heads", "mlp_dim"):
         for tower in ("image", "text"):
             _at_least(c.model[tower][name], 1, f"config.model.{tower}.{name}")

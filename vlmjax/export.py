@@ -20,7 +20,7 @@ flags.DEFINE_integer("step", None, "Checkpoint to export; the newest one by defa
 
 
 def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, Any, Any]:
-    """Read a run's model from its newest (or a given) checkpoint; averaged parameters where the run keeps them.
+    """Read a run's model from its newest good (or a given) checkpoint; averaged parameters where the run keeps them.
 
     Returns:
       (model, params, tokenizer, eval transform), as `vlmjax.hub.load` and `load_processor` give them for an HF folder.
@@ -28,28 +28,20 @@ def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, An
     Raises:
       CheckpointError: where the folder is not a run, or has no checkpoint yet.
     """
-    from vlmjax.config import Config
     from vlmjax.data import text
     from vlmjax.training import build
     from vlmjax.training.checkpoint import Checkpoints
+    from vlmjax.training.frozen import whole
     from vlmjax.training.state import merge
     from vlmjax.training.workdir import Workdir
 
     if "://" not in workdir and not Path(workdir).expanduser().is_dir():
         raise CheckpointError(f"{workdir}: no such folder")
     folder = Workdir(workdir, writer=False)
-    for name in ("recipe.json", "model.json"):
-        if not folder.path(name).exists():
-            raise CheckpointError(f"{workdir}: not the folder of a run (it lacks {name})")
-    recipe = Config(build.read_json(folder.path("recipe.json")))
-    model = build.model_from_json(build.read_json(folder.path("model.json")))
+    recipe, model = build.read_run(folder)
     tokenizer = text.load(str(folder.path("tokenizer")), model.config.text.max_length)
     checkpoints = Checkpoints(folder.checkpoints, writable=False)
-    step = checkpoints.latest() if step is None else step
-    if step is None:
-        raise CheckpointError(f"{workdir}: no complete checkpoint yet")
-    state = checkpoints.read_params(step)
-    checkpoints.close()
+    state = whole(*checkpoints.read_params(step), recipe, model)
     params = merge(state["ema"] or state["params"], state["frozen"])
     return model, params, tokenizer, build.eval_transform(recipe, model.config.image.image_shape)
 

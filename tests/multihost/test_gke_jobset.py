@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 from pathlib import Path
 
 import jsonschema
@@ -98,6 +99,7 @@ JOBSET = record(
                     "targetReplicatedJobs",
                     action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
                     onJobFailureReasons={"type": "array", "items": {"enum": REASONS}},
+                    onJobFailureMessagePatterns={"type": "array", "items": {"type": "string"}},
                 )
             ),
         ),
@@ -117,16 +119,28 @@ def job(manifest):
     return replicated["template"]["spec"]
 
 
-def after(manifest, job, code):
+def matches(rule, code, disrupted):
+    """Whether a rule of podFailurePolicy is about a pod that ended so."""
+    if "onPodConditions" in rule:
+        return disrupted and {"type": "DisruptionTarget", "status": "True"} in rule["onPodConditions"]
+    return (code in rule["onExitCodes"]["values"]) == (rule["onExitCodes"]["operator"] == "In")
+
+
+def after(manifest, job, code, disrupted=False):
     """What the controllers do when one pod ends with an exit code: the first rule that matches, on both levels."""
-    reason = "BackoffLimitExceeded" if job["backoffLimit"] == 0 else None
-    for rule in job["podFailurePolicy"]["rules"]:
-        codes = rule["onExitCodes"]
-        if (code in codes["values"]) == (codes["operator"] == "In"):
-            reason = {"FailJob": "PodFailurePolicy", "Count": reason}[rule["action"]]
+    assert job["backoffLimit"] == 0
+    reason, message = "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    for index, rule in enumerate(job["podFailurePolicy"]["rules"]):
+        if matches(rule, code, disrupted):
+            assert rule["action"] == "FailJob"
+            reason = "PodFailurePolicy"
+            message = f"Container vlmjax for pod p failed with exit code {code} matching FailJob rule at index {index}"
             break
     for rule in manifest["spec"]["failurePolicy"]["rules"]:
-        if reason in rule.get("onJobFailureReasons", REASONS):
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule.get("onJobFailureReasons", REASONS) and any(
+            re.search(p, message) for p in patterns
+        ):
             return rule["action"]
     return "RestartJobSet"
 
@@ -144,7 +158,12 @@ def test_what_restarting_cannot_help_ends_the_run(manifest, job, code):
     assert after(manifest, job, code) == "FailJobSet"
 
 
-@pytest.mark.parametrize("code", [1, 42, 75, 76, 134, 137, 143])
+@pytest.mark.parametrize(("code", "disrupted"), [(42, False), (42, True), (137, True), (75, True)])
+def test_what_is_nobodys_fault_starts_all_pods_again_without_end(manifest, job, code, disrupted):
+    assert after(manifest, job, code, disrupted) == "RestartJobSetAndIgnoreMaxRestarts"
+
+
+@pytest.mark.parametrize("code", [1, 75, 76, 134, 137, 143])
 def test_everything_else_starts_all_pods_again_so_many_times(manifest, job, code):
     assert after(manifest, job, code) == "RestartJobSet"
     assert manifest["spec"]["failurePolicy"]["maxRestarts"] > 0
@@ -155,7 +174,7 @@ def test_exit_codes_are_those_of_the_container_and_of_a_pod_that_stays_down(job)
     pod = job["template"]["spec"]
     assert pod["restartPolicy"] == "Never" and job["backoffLimit"] == 0
     (container,) = pod["containers"]
-    for rule in job["podFailurePolicy"]["rules"]:
+    for rule in (rule for rule in job["podFailurePolicy"]["rules"] if "onExitCodes" in rule):
         assert rule["onExitCodes"]["containerName"] == container["name"]
         assert 0 not in rule["onExitCodes"]["values"]
 

@@ -16,6 +16,7 @@ SCRIPT = Path(__file__).resolve().parents[2] / "launch" / "slurm.sbatch"
 SRUN = """
 import os, signal, subprocess, sys, threading, time
 command = sys.argv[sys.argv.index("bash"):]
+time.sleep(float(os.environ.get("FAKE_DELAY", 0)))
 open(os.environ["FAKE"] + "/srun", "a").write(" ".join(sys.argv[1:sys.argv.index("bash")]) + "\\n")
 tasks = [subprocess.Popen(command, env=os.environ | {"SLURM_PROCID": str(i)}, stdout=subprocess.PIPE,
          stderr=subprocess.STDOUT, text=True, start_new_session=True) for i in range(int(os.environ["SLURM_NTASKS"]))]
@@ -40,8 +41,11 @@ for pid in open(os.environ["FAKE"] + "/pids").read().split():
     os.killpg(int(pid), signal.SIGTERM)
 """
 SQUEUE = """
-import os
-print(os.environ.get("FAKE_STATE", "RUNNING"))
+import os, sys
+if "--steps" in sys.argv:
+    print("7.batch" + "\\n7.0" * os.path.exists(os.environ["FAKE"] + "/pids"))
+else:
+    print(os.environ.get("FAKE_STATE", "RUNNING"))
 """
 SCONTROL = """
 import os, signal, sys
@@ -163,6 +167,17 @@ def test_requeueing_is_bounded(job):
 def test_a_cancelled_job_stays_cancelled(job):
     found, output = ended(job("sys.exit(42)", FAKE_STATE="COMPLETING"))
     assert found == 42 and not job.requeued() and "the job is COMPLETING" in output
+
+
+def test_a_signal_that_comes_before_the_tasks_waits_for_them(job):
+    process = job("time.sleep(60)", FAKE_DELAY="2.5")
+    while "task 1 on n2" not in process.stdout.readline():
+        pass
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    begun = time.monotonic()
+    ended(process)
+    assert job.requeued() and time.monotonic() - begun < 20
 
 
 @pytest.mark.parametrize("code", [42, 75])

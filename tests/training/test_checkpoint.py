@@ -89,7 +89,7 @@ def one(tmp_path_factory):
 
 def test_the_parameters_alone(one, tmp_path, capfd):
     reader = Checkpoints(str(one), writable=False)
-    read = reader.read_params(5)
+    read, _ = reader.read_params(5)
     assert set(read) == {"params", "frozen", "ema"} and not read["ema"]
     assert isinstance(read["params"]["kernel"], np.ndarray)
     np.testing.assert_array_equal(read["params"]["kernel"], state(5)["params"]["kernel"])
@@ -100,7 +100,9 @@ def test_the_parameters_alone(one, tmp_path, capfd):
     averaged = Checkpoints(str(tmp_path / "c"))
     averaged.save(1, state(1, ema=True), {}, {})
     averaged.wait()
-    np.testing.assert_array_equal(averaged.read_params(1)["ema"]["kernel"], state(1)["params"]["kernel"] / 2)
+    np.testing.assert_array_equal(
+        averaged.read_params(1)[0]["ema"]["kernel"], state(1)["params"]["kernel"] / 2
+    )
     averaged.close()
     assert "WARNING" not in capfd.readouterr().err
 

@@ -6,8 +6,10 @@ import logging
 import numpy as np
 import pytest
 
+from vlmjax import config
 from vlmjax.errors import NonFiniteError
 from vlmjax.training.finite import StartedSteps
+from vlmjax.training.spikes import Spikes
 from vlmjax.training.workdir import Workdir
 
 
@@ -15,6 +17,11 @@ def metrics(finite):
     value = np.float32(1.0 if finite else np.nan)
     flags = {"tower": np.bool_(finite), "other": np.bool_(True)}
     return {"loss": value, "grad_norm": value, "finite": np.bool_(finite), "finite_groups": flags}
+
+
+def started(folder, limit, **state):
+    spikes = Spikes(folder, config.recipe().spikes)
+    return StartedSteps(folder, limit, spikes, **state)
 
 
 def take(steps, pattern):
@@ -25,7 +32,7 @@ def take(steps, pattern):
 
 
 def test_isolated_ones_are_counted_and_named(tmp_path, caplog):
-    steps = StartedSteps(Workdir(str(tmp_path)), 3)
+    steps = started(Workdir(str(tmp_path)), 3)
     with caplog.at_level(logging.WARNING):
         take(steps, "..x.xx.")
     assert steps.state == {"skipped": 3, "streak": 0}
@@ -43,7 +50,7 @@ def test_isolated_ones_are_counted_and_named(tmp_path, caplog):
 
 @pytest.mark.parametrize(("limit", "pattern", "end"), [(3, ".xx.xxx.", 7), (1, "..x", 3)])
 def test_a_streak_ends_the_run(tmp_path, limit, pattern, end):
-    steps = StartedSteps(Workdir(str(tmp_path)), limit)
+    steps = started(Workdir(str(tmp_path)), limit)
     with pytest.raises(NonFiniteError, match=f"step {end}: loss nan .*{limit} step") as error:
         take(steps, pattern)
     assert str(tmp_path / f"nonfinite-{end}.json") in str(error.value)
@@ -52,14 +59,14 @@ def test_a_streak_ends_the_run(tmp_path, limit, pattern, end):
 
 def test_a_streak_goes_on_over_a_restart(tmp_path):
     folder = Workdir(str(tmp_path))
-    before = StartedSteps(folder, 3)
+    before = started(folder, 3)
     take(before, ".xx")
     with pytest.raises(NonFiniteError):
-        take(StartedSteps(folder, 3, **before.state), "x")
+        take(started(folder, 3, **before.state), "x")
 
 
 def test_files_are_bounded_but_for_the_last(tmp_path):
-    steps = StartedSteps(Workdir(str(tmp_path)), 100)
+    steps = started(Workdir(str(tmp_path)), 100)
     with pytest.raises(NonFiniteError):
         take(steps, "x" * 100)
     assert len(list(tmp_path.glob("nonfinite-*"))) == 51

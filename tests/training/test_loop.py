@@ -189,7 +189,7 @@ def test_continued_from_the_middle_of_an_epoch_with_other_threads(uninterrupted,
     in_both = [row for row in exact(tmp_path / "whole") if "loss" in row]
     assert [row for row in exact(tmp_path / "parts") if "loss" in row] == in_both
     first, second = (
-        Checkpoints(str(tmp_path / name / "checkpoints"), writable=False).read_params(14)
+        Checkpoints(str(tmp_path / name / "checkpoints"), writable=False).read_params(14)[0]
         for name in ("whole", "parts")
     )
     assert first["ema"]

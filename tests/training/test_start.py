@@ -1,6 +1,7 @@
 """The first state of a run: imported parameters lie where the recipe says, at the recipe's image size."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -12,17 +13,18 @@ from training import tiny
 
 from vlmjax import hub
 from vlmjax.data import text
-from vlmjax.errors import RecipeError
+from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import make_mesh
-from vlmjax.training import build
+from vlmjax.training import build, finish, frozen, inspecting, records
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.compile import init_params, make_program
-from vlmjax.training.start import start_state
+from vlmjax.training.start import reference, start_state
 from vlmjax.training.state import merge
+from vlmjax.training.workdir import Workdir
 
 SIZES = {"width": 16, "depth": 2, "heads": 2, "mlp_dim": 32}
 MODEL = Clip(
@@ -102,6 +104,60 @@ def test_a_continued_run_reads_no_weights(folder, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, again, state)
     with pytest.raises(RecipeError, match="config.init_from: .*holds no model.safetensors"):
         started(recipe, mesh, tmp_path / "elsewhere")
+
+
+def test_frozen_parameters_are_named_and_fetched_again(folder, tmp_path):
+    """Half of the model is in no checkpoint; with it the run, its export and its average are whole again."""
+    path, params = folder
+    source = tmp_path / "hf"
+    shutil.copytree(path, source)
+    recipe = tiny.recipe(init_from=str(source), model__image__image_size=40)
+    recipe.frozen = ("vision_model/.*", "logit_scale")
+    mesh = make_mesh(data=4, fsdp=2)
+    model = build.make_model(recipe, Words())
+    program = make_program(recipe, model, mesh, optax.constant_schedule(0.1))
+    named = reference(recipe, model, program, mesh)
+    workdir = Workdir(str(tmp_path / "run"))
+    finish.describe(workdir, recipe, model, mesh)
+    checkpoints = Checkpoints(workdir.checkpoints, reference=named)
+    state, _ = start_state(recipe, model, program, mesh, checkpoints)
+    for step in (1, 2):
+        checkpoints.save(step, state, {"step": step}, {})
+    checkpoints.close()
+    held, record = Checkpoints(workdir.checkpoints, writable=False).read_params()
+    assert held["frozen"] == {} and record["frozen_from"] == str(source)
+    assert len(records.named_only(record)) == len(jax.tree.leaves(state.frozen))
+
+    again, _ = start_state(recipe, model, program, mesh, Checkpoints(workdir.checkpoints, reference=named))
+    jax.tree.map(np.testing.assert_array_equal, again, state)
+    assert jax.tree.map(lambda x: x.sharding, again) == jax.tree.map(lambda x: x.sharding, state)
+    both = merge(state.params, state.frozen)
+    jax.tree.map(
+        np.testing.assert_array_equal, frozen.whole(held, record, recipe, model)["frozen"], state.frozen
+    )
+    run = inspecting.open_run(str(tmp_path / "run"))
+    assert "; 24 frozen ones are those of" in inspecting.verdict(run, 2)[1]
+    assert list(inspecting.difference((run, 1), (run, 2))) == []
+    inspecting.average(run, [1, 2], str(tmp_path / "mean"))
+    mean, _ = Checkpoints(f"{tmp_path}/mean/checkpoints", writable=False).read_params()
+    jax.tree.map(np.testing.assert_array_equal, merge(mean["params"], mean["frozen"]), both)
+
+    with pytest.raises(CheckpointError, match=r"set config\.init_from to it"):
+        Checkpoints(workdir.checkpoints).restore_newest(program.state)
+    changed = jax.tree.map(lambda x: x + 1e-3, params)
+    hub.save(MODEL, changed, source)
+    for read in (
+        lambda: Checkpoints(workdir.checkpoints, reference=named).restore_newest(program.state),
+        lambda: frozen.whole(held, record, recipe, model),
+    ):
+        with pytest.raises(
+            CheckpointError, match="frozen parameters .*vision_model/.*bring back what was there"
+        ):
+            read()
+    assert Checkpoints(workdir.checkpoints).steps() == [1, 2]  # they are good, and not set aside
+    shutil.rmtree(source)
+    with pytest.raises(CheckpointError, match=r"config\.init_from: .*hf"):
+        Checkpoints(workdir.checkpoints, reference=named).restore_newest(program.state)
 
 
 def test_sizes_and_vocabularies_that_do_not_fit(folder):

@@ -54,19 +54,33 @@ class Attempts:
         self._folder, self._phases = folder, phases
         self._before = read(folder.path("attempts.json"))
         self._began = time.time() - sum(phases.seconds().values())
+        self._counted = dict.fromkeys(PHASES, 0.0)
         self._marks: list[dict[str, Any]] = []
         self.saved(start)
 
+    def _seconds(self) -> dict[str, float]:
+        return {phase: spent - self._counted[phase] for phase, spent in self._phases.seconds().items()}
+
+    def _now(self) -> dict[str, Any]:
+        return {"began": self._began, "seconds": self._seconds(), "marks": self._marks}
+
+    def went_back(self, step: int) -> None:
+        """Begin another attempt in this process, from a step that is saved; what came after it is lost."""
+        self._before.append(self._now())
+        self._began, self._counted = time.time(), self._phases.seconds()
+        self._marks = []
+        self.saved(step)
+
     def saved(self, step: int) -> None:
         """Take note that what was done up to here is saved as `step`."""
-        self._marks.append({"step": step, "seconds": self._phases.seconds()})
+        self._marks.append({"step": step, "seconds": self._seconds()})
         del self._marks[1:-_MOST_MARKS]
 
     def row(self) -> dict[str, float]:
         """Write the file; returns `goodput` and `seconds/PHASE` of the run so far, for its log."""
-        now = {"began": self._began, "seconds": self._phases.seconds(), "marks": self._marks}
-        self._folder.write_json("attempts.json", [*self._before, now])
-        seconds = account([*self._before, now])
+        attempts = [*self._before, self._now()]
+        self._folder.write_json("attempts.json", attempts)
+        seconds = account(attempts)
         return {"goodput": goodput(seconds), **{f"seconds/{name}": s for name, s in seconds.items()}}
 
 

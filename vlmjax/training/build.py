@@ -220,6 +220,15 @@ def model_from_json(value: Mapping[str, Any]) -> Clip:
     return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
 
 
+def read_run(folder: Workdir) -> tuple[Config, Clip]:
+    """The recipe of the run in a folder, and its model. Raises CheckpointError where it is not that of a run."""
+    for name in ("recipe.json", "model.json"):
+        if not folder.path(name).exists():
+            raise CheckpointError(f"{folder.root}: not the folder of a run (it lacks {name})")
+    recipe = Config(read_json(folder.path("recipe.json")))
+    return recipe, model_from_json(read_json(folder.path("model.json")))
+
+
 def read_json(path: Path) -> Any:
     """The json value in a file of a run; raises CheckpointError where it is damaged."""
     try:

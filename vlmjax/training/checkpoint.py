@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import json
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ import orbax.checkpoint as ocp
 from etils import epath
 from orbax.checkpoint import checkpoint_managers
 
-from vlmjax.errors import CheckpointError
+from vlmjax.errors import CheckpointError, DamagedCheckpoint
+from vlmjax.sharding import vote
 from vlmjax.training import reading, records, restoring
 
 Tree = Any
@@ -33,6 +36,7 @@ class Checkpoints:
         best_metric: str = "",
         writable: bool = True,
         about: Mapping[str, Any] | None = None,
+        reference: records.Reference | None = None,
     ):
         """Name a folder of checkpoints; it is created when it is first written to.
 
@@ -43,12 +47,13 @@ class Checkpoints:
           best_metric: name among the metrics given to `save`.
           writable: False for commands that only read.
           about: what each record says beside the digests: recipe, mesh, versions (see `finish.provenance`).
+          reference: where the frozen parameters are from, which then are named in each checkpoint and not written.
         """
         if not writable and "://" not in folder and not Path(folder).is_dir():
             raise CheckpointError(f"{folder}: no such folder of checkpoints")
         self.folder, self.best_metric, self.writable = folder, best_metric, writable
         self._keep = keep_last, keep_best
-        self._about = dict(about or {})
+        self._about, self._reference = dict(about or {}), reference
         self._known: dict[int, dict[str, Any]] = {}
         self._manager: ocp.CheckpointManager | None = None
         self._saving = False
@@ -100,6 +105,9 @@ class Checkpoints:
         if step in manager.all_steps():
             return
         scores = {name: float(value) for name, value in metrics.items() if np.isfinite(value)}
+        if self._reference:
+            self._name_frozen(state.frozen)
+            state = state.replace(frozen={})
         record = records.make(state, data, {**self._about, "metrics": scores})
         self._known[step] = record
         items = {
@@ -110,6 +118,12 @@ class Checkpoints:
         with self._writing():
             manager.save(step, args=ocp.args.Composite(**items), force=True)
         self._saving = True
+
+    def _name_frozen(self, frozen: Tree) -> None:
+        """Have records say which frozen parameters they mean; these never change, so that one look is enough."""
+        if "frozen_from" not in self._about:
+            arrays, _ = records.describe(frozen, records.FROZEN)
+            self._about |= {"frozen_from": self._reference.address, "arrays": arrays}
 
     def check(self) -> None:
         """Raise CheckpointError if a write failed in the background; does not wait for one that goes on."""
@@ -130,10 +144,36 @@ class Checkpoints:
 
         The folder is open for writing afterwards, so that one that cannot be is found out before the first step.
         """
-        found = restoring.restore_newest(self.folder, abstract)
+        found = restoring.restore_newest(self.folder, abstract, self._reference)
         if self.writable:
             self.open()
         return found and found[1:]
+
+    def newest_before(self, step: int) -> int | None:
+        """Number of the newest checkpoint of a step up to this one, the same on every process; None without any.
+
+        What is being written is waited for.
+        """
+        self.wait()
+        there = max((number for number in self.steps() if number <= step), default=None)
+        return json.loads(vote.first_says("looking for a checkpoint to go back to", json.dumps(there)))
+
+    def go_back(self, step: int, abstract: Tree, reason: str) -> tuple[int, Tree]:
+        """(step, state) of checkpoint `step`, or of the newest good one before it; later ones are set aside.
+
+        Raises:
+          CheckpointError: none is good.
+        """
+        if self._manager:
+            self._manager.close()
+            self._manager = None
+        back, state, _ = restoring.restore_newest(self.folder, abstract, self._reference, until=step)
+        for later in json.loads(vote.first_says("listing the checkpoints", json.dumps(self.steps()))):
+            if later > back:
+                restoring.set_aside(self.folder, later, reason, "spiked")
+        self._known.clear()
+        self.open()
+        return back, state
 
     def restore(self, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any]]:
         """(state, data position) of one checkpoint in the shapes, dtypes and shardings of `abstract`.
@@ -145,18 +185,31 @@ class Checkpoints:
         Raises:
           CheckpointError: naming the parameters that are missing, left over, of another shape, or damaged.
         """
-        return restoring.restore_step(self.folder, step, abstract)
+        return restoring.restore_step(self.folder, step, abstract, self._reference)
 
-    def read_params(self, step: int) -> dict[str, Tree]:
-        """`params`, `frozen` and `ema` of a checkpoint as numpy arrays; the optimizer's arrays are not read.
+    def read_params(self, step: int | None = None) -> tuple[dict[str, Tree], dict[str, Any]]:
+        """Parameters of a checkpoint, by default of the newest good one; the optimizer's arrays are not read.
+
+        Returns:
+          ({`params`, `frozen`, `ema`} as numpy arrays, the record; without frozen ones where that only names them).
 
         Raises:
-          CheckpointError: the step does not exist, cannot be read, or is damaged.
+          CheckpointError: the step does not exist, cannot be read, or is damaged; or none is good.
         """
-        if step not in (steps := self.steps()):
+        steps = self.steps()
+        if step is not None and step not in steps:
             there = ", ".join(map(str, steps)) or "none"
             raise CheckpointError(f"{self.folder}: no checkpoint of step {step}; there are: {there}")
-        return reading.read_arrays(self.folder, step, ("params", "frozen", "ema"))[0]
+        if not steps:
+            raise CheckpointError(f"{self.folder}: no complete checkpoint yet")
+        for number in [step] if step is not None else steps[::-1]:
+            try:
+                return reading.read_arrays(self.folder, number, ("params", "frozen", "ema"))
+            except DamagedCheckpoint as error:
+                if number in (step, steps[0]):
+                    raise
+                print(f"checkpoint  damaged: {error}; taking an older one", file=sys.stderr, flush=True)
+        raise AssertionError("one of them returned or raised")
 
     def wait(self) -> None:
         """Block until what `save` began is on disk."""

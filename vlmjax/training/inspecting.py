@@ -10,9 +10,12 @@ from etils import epath
 
 from vlmjax.errors import CheckpointError
 from vlmjax.training import records
+from vlmjax.training.build import read_run
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.digests import by_path
+from vlmjax.training.frozen import whole
 from vlmjax.training.reading import naming_damage, read_arrays
+from vlmjax.training.workdir import Workdir
 
 Tree = Any
 GROUPS = ("params", "frozen", "ema")
@@ -47,12 +50,15 @@ def chosen(run: Run, step: int | None) -> int:
 
 
 def listing(run: Run) -> Iterator[str]:
-    """A line for each checkpoint, also those put aside as damaged."""
+    """A line for each checkpoint, also those put aside as damaged or for a spike of the loss."""
     for step in run.steps:
         path = epath.Path(run.checkpoints) / str(step)
         system, base = fsspec.core.url_to_fs(str(path))
         yield f"step {step:<10} {system.du(base) / 2**20:10.1f} MiB  {_described(path)}"
-    for path in sorted(epath.Path(run.checkpoints).glob("*.damaged*")):
+    aside = [
+        path for word in ("damaged", "spiked") for path in epath.Path(run.checkpoints).glob(f"*.{word}*")
+    ]
+    for path in sorted(aside):
         why = path / "why.txt"
         yield f"{path.name:<15} {why.read_text().strip() if why.exists() else 'no reason given'}"
 
@@ -84,14 +90,16 @@ def verdict(run: Run, step: int) -> tuple[bool, str]:
         with naming_damage(path):
             record = records.read(path)
             records.position(path, record)
-        arrays, compared = read_arrays(run.checkpoints, step)
+        arrays, record = read_arrays(run.checkpoints, step)
     except CheckpointError as error:
         return False, f"damaged: {error}"
-    if record and record["wild"]:
+    if record.get("wild"):
         return False, f"as saved, but not finite: {', '.join(record['wild'][:6])}"
-    if not compared:
+    if not record:
         return True, "readable; written without digests, so that it cannot be verified"
-    return True, f"good: {len(by_path(arrays))} arrays and the data position are as they were saved"
+    named = len(records.named_only(record))
+    beside = f"; {named} frozen ones are those of {record['frozen_from']}, unread" if named else ""
+    return True, f"good: {len(by_path(arrays))} arrays and the data position are as they were saved{beside}"
 
 
 def difference(first: tuple[Run, int], second: tuple[Run, int]) -> Iterator[str]:
@@ -99,8 +107,17 @@ def difference(first: tuple[Run, int], second: tuple[Run, int]) -> Iterator[str]
 
     How much is the root mean square of the difference over that of the first one's values.
     """
-    a, b = (by_path(read_arrays(run.checkpoints, step, GROUPS)[0]) for run, step in (first, second))
-    lines = [(np.inf, f"{name:<70} only in the first") for name in a if name not in b]
+    (a, one), (b, two) = (read_arrays(run.checkpoints, step, GROUPS) for run, step in (first, second))
+    a, b = by_path(a), by_path(b)
+    lines = []
+    for name in records.named_only(one) | records.named_only(
+        two
+    ):  # known by their digests, on one side at least
+        a.pop(name, None), b.pop(name, None)
+        digests = [side.get("arrays", {}).get(name, ["", [], ""])[2] for side in (one, two)]
+        if digests[0] != digests[1]:
+            lines.append((np.inf, f"{name:<70} frozen, of another source"))
+    lines += [(np.inf, f"{name:<70} only in the first") for name in a if name not in b]
     lines += [(np.inf, f"{name:<70} only in the second") for name in b if name not in a]
     for name in a:
         if name not in b or (a[name].dtype == b[name].dtype and a[name].tobytes() == b[name].tobytes()):
@@ -126,7 +143,7 @@ def average(run: Run, steps: Sequence[int], out: str) -> int:
         raise CheckpointError(f"--out={out} exists and is not an empty folder: name another")
     total, newest, shapes = {}, {}, {}
     for step in sorted(steps):
-        newest = read_arrays(run.checkpoints, step, GROUPS)[0]
+        newest, record = read_arrays(run.checkpoints, step, GROUPS)
         params = by_path(newest["ema"] or newest["params"])
         if shapes and shapes != (shapes := {name: x.shape for name, x in params.items()}):
             raise CheckpointError(
@@ -134,6 +151,8 @@ def average(run: Run, steps: Sequence[int], out: str) -> int:
             )
         shapes = {name: x.shape for name, x in params.items()}
         total = {name: total.get(name, 0) + x.astype(np.float64) for name, x in params.items()}
+    if records.named_only(record):
+        newest = whole(newest, record, *read_run(Workdir(run.workdir, writer=False)))
     params = newest["ema"] or newest["params"]
     mean = _like(params, {name: x / len(steps) for name, x in total.items()})
     source, number = epath.Path(run.checkpoints).parent, max(steps)

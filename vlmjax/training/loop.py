@@ -1,6 +1,7 @@
-"""The training loop: read `train` from top to bottom to know when everything happens."""
+"""The training loop: read `Run.go` from top to bottom to know when everything happens."""
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -20,11 +21,13 @@ from vlmjax.training.compile import compiled, keep_programs, make_program
 from vlmjax.training.data_metrics import data_row
 from vlmjax.training.durations import Durations
 from vlmjax.training.finite import StartedSteps
+from vlmjax.training.hosts import Hosts
 from vlmjax.training.metrics import Clock, MetricsLog, ProgressBar, Trace
 from vlmjax.training.optimizer import make_schedule
 from vlmjax.training.phases import Phases
 from vlmjax.training.report import write_report
-from vlmjax.training.start import announce, start_state
+from vlmjax.training.spikes import Spikes
+from vlmjax.training.start import announce, reference, start_state
 from vlmjax.training.stop import StopRequest
 from vlmjax.training.watchdog import Watchdog
 from vlmjax.training.workdir import Workdir
@@ -49,145 +52,210 @@ def train(
     phases = Phases(began)
     distributed.initialize()
     with Watchdog(phases, recipe.watchdog):
-        return _train(recipe, workdir, phases, profile)
+        return Run(recipe, workdir, phases, profile).go()
 
 
-def _train(recipe: Any, workdir: str, phases: Phases, profile: bool) -> dict[str, float]:
-    # Set-up: devices, data, model
-    first = jax.process_index() == 0
-    mesh = make_mesh(**recipe.mesh.to_dict())
-    check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
-    folder = Workdir(workdir, writer=first)
-    if recipe.compilation_cache:
-        keep_programs(folder.programs)
-    sources, shares = open_train_sources(recipe)
-    source = together(sources)
-    lengths = Durations(recipe, source)
-    tokenizer = build.make_tokenizer(recipe, source, folder)
-    model = build.make_model(recipe, tokenizer)
-    schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
-    checkpoints = Checkpoints(
-        folder.checkpoints,
-        keep_last=recipe.checkpoint.keep_last,
-        keep_best=recipe.checkpoint.keep_best,
-        best_metric=recipe.checkpoint.best_metric,
-        about=finish.provenance(recipe, mesh),
-    )
+class Run:
+    """One start of a run: what it consists of, the step it has come to, and the state after that step."""
 
-    # State: random, imported or continued, every array born in its place on the mesh
-    program = make_program(recipe, model, mesh, schedule)
-    phases.enter("restore")
-    barrier("state")
-    state, saved = start_state(recipe, model, program, mesh, checkpoints)
-    phases.enter("initialise")
-    shape, rows = model.config.image.image_shape, local_rows(mesh, recipe.batch_size)
-    data = train_data(recipe, sources, shares, tokenizer, shape, rows=rows)
-    if saved:
-        data.restore(saved, accept=recipe.data.accept_new_mixture)
-    start = data.step
-    evaluations = finish.Evaluations(recipe, model, tokenizer, mesh, folder)
-    if first:
-        finish.describe(folder, recipe, model, mesh)
-        folder.sync()
-        announce(recipe, state, program.stage, mesh, lengths, start, data.mixture.describe())
-    log = MetricsLog(folder, start)
-    attempts = Attempts(folder, phases, start)
-    towers = {"image": "vision_model", "text": "text_model"}
-    locked = [tower for tower, tree in towers.items() if tree not in state.params]
-    work = flops.train_flops(model.config, recipe.batch_size, locked=locked)
-    clock = Clock(recipe.batch_size, work, model.config.image.dtype)
-    bar = ProgressBar(start, lengths.total, shown=first)
-    trace = Trace(folder, first=min(start + 3, lengths.total), steps=3 if profile else 0)
-    steps = StartedSteps(folder, recipe.nonfinite_limit, **saved.get("updates", {}))
-    results: dict[str, float] = {}
-    save_due = False
-    stop = StopRequest()
+    def __init__(self, recipe: Any, workdir: str, phases: Phases, profile: bool):
+        """Everything but the loop: devices, data, model, and the state that the run goes on from."""
+        self.recipe, self.phases, self.first = recipe, phases, jax.process_index() == 0
+        self.mesh = make_mesh(**recipe.mesh.to_dict())
+        check_batch_size(recipe.batch_size, self.mesh, recipe.micro_batches)
+        self.folder = folder = Workdir(workdir, writer=self.first)
+        if recipe.compilation_cache:
+            keep_programs(folder.programs)
+        sources, shares = open_train_sources(recipe)
+        self.source = together(sources)
+        self.lengths = lengths = Durations(recipe, self.source)
+        self.tokenizer = build.make_tokenizer(recipe, self.source, folder)
+        self.model = build.make_model(recipe, self.tokenizer)
+        schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
 
-    def evaluate(step: int) -> dict[str, float]:
-        phases.enter("evaluate")
-        measured = evaluations.run(state)
-        log.write(step, measured)
+        # State: random, imported or continued, every array born in its place on the mesh
+        self.program = make_program(recipe, self.model, self.mesh, schedule)
+        self.checkpoints = Checkpoints(
+            folder.checkpoints,
+            keep_last=recipe.checkpoint.keep_last,
+            keep_best=recipe.checkpoint.keep_best,
+            best_metric=recipe.checkpoint.best_metric,
+            about=finish.provenance(recipe, self.mesh),
+            reference=reference(recipe, self.model, self.program, self.mesh),
+        )
+        phases.enter("restore")
+        barrier("state")
+        self.state, saved = start_state(recipe, self.model, self.program, self.mesh, self.checkpoints)
+        phases.enter("initialise")
+        shape, rows = self.model.config.image.image_shape, local_rows(self.mesh, recipe.batch_size)
+        self.data = train_data(recipe, sources, shares, self.tokenizer, shape, rows=rows)
+        if saved:
+            self.data.restore(saved, accept=recipe.data.accept_new_mixture)
+        self.left_out = saved.get("left_out", 0)  # batches that no update has seen, since the run went back
+        self.start = self.step = self.data.step - self.left_out
+        self.owed = saved.get("evaluation_owed", False)
+        self.evaluations = finish.Evaluations(recipe, self.model, self.tokenizer, self.mesh, folder)
+        if self.first:
+            finish.describe(folder, recipe, self.model, self.mesh)
+            folder.sync()
+            told = self.data.mixture.describe()
+            announce(recipe, self.state, self.program.stage, self.mesh, lengths, self.start, told)
+        self.log = MetricsLog(folder, self.start)
+        self.attempts = Attempts(folder, phases, self.start)
+        self.hosts = Hosts(folder, phases)
+        self.clock = Clock(recipe.batch_size, self._flops(), self.model.config.image.dtype)
+        self.bar = ProgressBar(self.start, lengths.total, shown=self.first)
+        begin = min(self.start + 3, lengths.total)
+        self.trace = Trace(folder, first=begin, steps=3 if profile else 0)
+        spikes = Spikes(folder, recipe.spikes, **saved.get("spikes", {}))
+        self.steps = StartedSteps(folder, recipe.nonfinite_limit, spikes, **saved.get("updates", {}))
+        self.results: dict[str, float] = {}
+        self.compiled: Callable | None = None
+        self.save_due = False
+        self.stop = StopRequest()
+
+    def _flops(self) -> float:
+        towers = {"image": "vision_model", "text": "text_model"}
+        locked = [tower for tower, tree in towers.items() if tree not in self.state.params]
+        return flops.train_flops(self.model.config, self.recipe.batch_size, locked=locked)
+
+    def go(self) -> dict[str, float]:
+        """Train to the end; returns the metrics of the last evaluation."""
+        try:
+            with leaving_at_once():
+                if self.owed:
+                    self.results = self._evaluate()
+                while self.step < self.lengths.total:
+                    if self.steps.spike:
+                        self._go_back()
+                    self.step += 1
+                    self._update()
+                    self._report_step()
+                    self._after_step()
+        finally:
+            self._close()
+        self.phases.enter("finish")
+        if self.start >= self.lengths.total and not self.results:
+            self.results = self.evaluations.run(
+                self.state
+            )  # the run was over before: say again what it reached
+        last = Subset(self.source, self.data.indices(self.lengths.total - 1 + self.left_out))
+        finish.finish(
+            self.recipe, self.folder, self.model, self.state, self.tokenizer, self.evaluations, last
+        )
+        return self.results
+
+    def _update(self) -> None:
+        """Start one step. Its metrics are fetched after the next has been started, so no device waits for them."""
+        self.phases.enter("data")
+        asked = time.perf_counter()
+        batch = next(self.data)
+        self.clock.step(time.perf_counter() - asked)
+        keys = batch.pop("key")
+        batch = to_global(batch, self.mesh, self.recipe.batch_size)
+        first = self.compiled is None
+        if first:
+            self.phases.enter("compile")
+            self.compiled = compiled(self.program, self.state, batch)
+        self.trace.before(self.step)
+        self.phases.enter("step")
+        with jax.transfer_guard("disallow"):
+            self.state, metrics = self.compiled(self.state, batch)
+        self.trace.after(self.step, metrics)
+        self.checkpoints.check()
+        self.steps.started(self.step, metrics, keys)
+        if first:
+            self.steps.settle()
+            self.clock.restart()  # rates begin here
+
+    def _report_step(self) -> None:
+        """A line of the log where one is due, and the bar."""
+        if self.step % self.recipe.log_every == 0 or self.step in (1, self.lengths.total):
+            row = {**self.steps.row(), **self.clock.read(), **data_row(self.data, self.clock.seconds)}
+            row |= {"examples": self.step * self.recipe.batch_size, **self.hosts.row(), **self.attempts.row()}
+            self.log.write(self.step, row)
+            self.bar.report(self.step, row)
+            self.clock.restart()
+        self.bar.step(self.step)
+
+    def _after_step(self) -> None:
+        """What is due after this step: to stop, an evaluation, a checkpoint, a report."""
+        step, last = self.step, self.step == self.lengths.total
+        eval_due = self.lengths.due("eval", step) or last
+        self.save_due = self.save_due or self.lengths.due("checkpoint", step)
+        if eval_due or self.save_due:
+            self.steps.settle()  # nothing is scored or saved that ends the run
+        if self.stop.after(step):
+            self.steps.settle()
+            self._save({}, owed=eval_due)  # there may be no time for an evaluation now
+            self.stop.raise_at(step)
+        measured: dict[str, float] = {}
+        if eval_due:
+            try:
+                measured = self.results = self._evaluate()
+            except NonFiniteError:
+                raise
+            except UserError:
+                self._save({}, owed=True)  # what was learned is not lost with the score
+                raise
+        if last or (self.save_due and not self.steps.doubtful):  # the parameters may be what is wrong
+            self._save(measured)
+            self.save_due = False
+        if (self.lengths.due("eval", step) or self.lengths.due("report", step)) and not last and self.first:
+            self.phases.enter("finish")
+            write_report(self.folder.local)
+            self.folder.sync()
+        if self.lengths.due("eval", step) or self.lengths.due("checkpoint", step):
+            self.clock.restart()
+
+    def _evaluate(self) -> dict[str, float]:
+        self.phases.enter("evaluate")
+        measured = self.evaluations.run(self.state)
+        self.log.write(self.step, measured)
         return measured
 
-    def save(step: int, measured: dict[str, float], owed: bool = False) -> None:
-        phases.enter("checkpoint")
-        position = {**data.state, "updates": steps.state, "evaluation_owed": owed}
-        checkpoints.save(step, state, position, measured)
-        attempts.saved(step)
-        folder.sync()
+    def _save(self, measured: dict[str, float], owed: bool = False) -> None:
+        self.phases.enter("checkpoint")
+        position = {
+            **self.data.state,
+            "left_out": self.left_out,
+            "updates": self.steps.state,
+            "spikes": self.steps.spikes.state,
+            "evaluation_owed": owed,
+        }
+        self.checkpoints.save(self.step, self.state, position, measured)
+        self.attempts.saved(self.step)
+        self.folder.sync()
 
-    # Loop. The metrics of a step are fetched after the next one has been started, so the device never waits for them.
-    try:
-        with leaving_at_once():
-            if saved.get("evaluation_owed"):
-                results = evaluate(start)
-            for step in range(start + 1, lengths.total + 1):
-                phases.enter("data")
-                asked = time.perf_counter()
-                batch = next(data)
-                clock.step(time.perf_counter() - asked)
-                keys = batch.pop("key")
-                batch = to_global(batch, mesh, recipe.batch_size)
-                if step == start + 1:
-                    phases.enter("compile")
-                    update = compiled(program, state, batch)
-                trace.before(step)
-                phases.enter("step")
-                with jax.transfer_guard("disallow"):
-                    state, metrics = update(state, batch)
-                trace.after(step, metrics)
-                checkpoints.check()
-                steps.started(step, metrics, keys)
-                if step == start + 1:
-                    steps.settle()
-                    clock.restart()  # rates begin here
-                if step % recipe.log_every == 0 or step in (1, lengths.total):
-                    row = {**steps.row(), **clock.read(), **data_row(data, clock.seconds)}
-                    log.write(step, {**row, "examples": step * recipe.batch_size, **attempts.row()})
-                    bar.report(step, row)
-                    clock.restart()
-                bar.step(step)
-                last = step == lengths.total
-                eval_due = lengths.due("eval", step) or last
-                save_due = save_due or lengths.due("checkpoint", step)
-                if eval_due or save_due:
-                    steps.settle()  # nothing is scored or saved that ends the run
-                if stop.after(step):
-                    steps.settle()
-                    save(step, {}, owed=eval_due)  # there may be no time for an evaluation now
-                    stop.raise_at(step)
-                measured: dict[str, float] = {}
-                if eval_due:
-                    try:
-                        measured = results = evaluate(step)
-                    except NonFiniteError:
-                        raise
-                    except UserError:
-                        save(step, {}, owed=True)  # what was learned is not lost with the score
-                        raise
-                if last or (save_due and not steps.streak):  # the parameters may be what is wrong
-                    save(step, measured)
-                    save_due = False
-                if (lengths.due("eval", step) or lengths.due("report", step)) and not last and first:
-                    phases.enter("finish")
-                    write_report(folder.local)
-                    folder.sync()
-                if lengths.due("eval", step) or lengths.due("checkpoint", step):
-                    clock.restart()
-    finally:
-        phases.enter("checkpoint")
-        stop.close()
-        trace.close()
-        bar.close()
-        log.close()
-        data.close()
-        checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
-        if start < lengths.total:
-            attempts.row()
-        folder.sync()
-    phases.enter("finish")
-    if start >= lengths.total and not results:
-        results = evaluations.run(state)  # the run was over before: say again what it reached
-    last_batch = Subset(source, data.indices(lengths.total - 1))
-    finish.finish(recipe, folder, model, state, tokenizer, evaluations, last_batch)
-    return results
+    def _go_back(self) -> None:
+        """After a spike of the loss: to a checkpoint from well before it, while the data go on from here."""
+        spike, self.steps.spike = self.steps.spike, None
+        self.phases.enter("restore")
+        rewind = self.recipe.spikes.rewind
+        back = self.checkpoints.newest_before(spike.first - rewind) if rewind else None
+        if back is None:
+            self.steps.spikes.tell(spike)
+            return
+        self.state = None  # there may not be room for two
+        why = f"the loss rose in steps {spike.first} to {spike.last}"
+        back, self.state = self.checkpoints.go_back(back, self.program.state, why)
+        self.steps.spikes.tell(spike, back, range(self.data.step - (self.step - back), self.data.step))
+        self.left_out += self.step - back
+        self.step = back
+        self.save_due = False
+        self.attempts.went_back(back)
+        self.log.close()
+        self.log = MetricsLog(self.folder, back)
+        self.clock.restart()
+
+    def _close(self) -> None:
+        self.phases.enter("checkpoint")
+        self.stop.close()
+        self.trace.close()
+        self.bar.close()
+        self.log.close()
+        self.data.close()
+        self.checkpoints.close()  # a stop for bad data must not tear a checkpoint that is being written
+        if self.start < self.lengths.total:
+            self.attempts.row()
+        self.folder.sync()

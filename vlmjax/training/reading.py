@@ -37,10 +37,13 @@ def steps_in(folder: str) -> list[int]:
     return sorted(metadata.step for metadata in found)
 
 
-def read_state(folder: str, step: int, abstract: Tree) -> tuple[Tree, dict[str, Any], dict[str, Any] | None]:
+def read_state(
+    folder: str, step: int, abstract: Tree, reference: records.Reference | None = None
+) -> tuple[Tree, dict[str, Any], dict[str, Any] | None]:
     """The arrays of a checkpoint in the shapes and shardings of `abstract`, in the dtypes they were saved in.
 
-    No process waits for another in here, so that one may fail alone. The digests are not compared yet.
+    No process waits for another in here, so that one may fail alone. The digests are not compared yet. Frozen
+    parameters that the checkpoint only names come from `reference`.
 
     Returns:
       (state, data position, record or None for a checkpoint from before there were records).
@@ -58,7 +61,12 @@ def read_state(folder: str, step: int, abstract: Tree) -> tuple[Tree, dict[str, 
         saved = _shapes(path)
     known = {name: tuple(shape) for name, (_, shape, _) in record["arrays"].items()} if record else saved
     compare(path, known, abstract)
-    if saved != known:
+    named = records.named_only(record)
+    if named and not reference:
+        raise CheckpointError(
+            f"{path}: its frozen parameters are those of {record['frozen_from']}: set config.init_from to it"
+        )
+    if saved != {name: shape for name, shape in known.items() if name not in named}:
         raise DamagedCheckpoint(f"{path}: it lists other arrays than were saved")
 
     def as_saved(name: str, x: Any) -> Any:
@@ -67,6 +75,7 @@ def read_state(folder: str, step: int, abstract: Tree) -> tuple[Tree, dict[str, 
 
     wanted = [as_saved(name, x) for name, x in by_path(abstract).items()]
     wanted = jax.tree.unflatten(jax.tree.structure(abstract), wanted)
+    wanted = wanted.replace(frozen={}) if named else wanted
     # Checkpoints from before states had `extra` lack even its empty group, which orbax would miss.
     older = dataclasses.is_dataclass(wanted) and "extra" not in _saved(path)
     if older:
@@ -74,7 +83,8 @@ def read_state(folder: str, step: int, abstract: Tree) -> tuple[Tree, dict[str, 
         del wanted["extra"]
     with naming_damage(path):
         state = ocp.StandardCheckpointHandler().restore(path / "state", args=ocp.args.StandardRestore(wanted))
-    return abstract.replace(**state, extra={}) if older else state, data, record
+    state = abstract.replace(**state, extra={}) if older else state
+    return state.replace(frozen=reference.fetch()) if named else state, data, record
 
 
 def differing(leaves: Mapping[str, Any], record: Mapping[str, Any], *, on_host: bool = False) -> list[str]:
@@ -91,11 +101,11 @@ def differing(leaves: Mapping[str, Any], record: Mapping[str, Any], *, on_host: 
 
 def read_arrays(
     folder: str, step: int, groups: tuple[str, ...] | None = None
-) -> tuple[dict[str, Tree], bool]:
+) -> tuple[dict[str, Tree], dict[str, Any]]:
     """The arrays of a checkpoint as numpy, those of some groups of the state (`params`, `ema`) or all; compared.
 
     Returns:
-      ({group: tree}, whether there were digests to compare with).
+      ({group: tree}, record; empty for a checkpoint from before there were digests to compare with).
 
     Raises:
       DamagedCheckpoint: they are not what was saved.
@@ -110,10 +120,11 @@ def read_arrays(
             found = reader.restore(path / "state", args=args)
     leaves = by_path(found)
     if record:
-        expected = {name for name in record["arrays"] if groups is None or name.split("/")[0] in groups}
+        held = set(record["arrays"]) - records.named_only(record)
+        expected = {name for name in held if groups is None or name.split("/")[0] in groups}
         if expected != set(leaves) or (expected := differing(leaves, record, on_host=True)):
             raise DamagedCheckpoint(f"{path}: {and_more(sorted(expected))} not what was saved")
-    return found, record is not None
+    return found, record or {}
 
 
 def compare(path: epath.Path, saved: Mapping[str, tuple], abstract: Tree) -> None:

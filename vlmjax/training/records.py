@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from etils import epath
 
@@ -12,19 +12,45 @@ from vlmjax.training.digests import by_path, digests
 
 Tree = Any
 ITEM = "record"
+FROZEN = "frozen/"
+
+
+class Reference(NamedTuple):
+    """Frozen parameters that a checkpoint names and does not hold.
+
+    Attributes:
+        address: where they are from: a Hugging Face folder or id.
+        fetch: reads them again, into the places of the state.
+    """
+
+    address: str
+    fetch: Callable[[], Tree]
 
 
 def make(state: Tree, data: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, Any]:
     """The record of a state and its data position. Every process calls this; arrays do not leave their devices.
 
-    Keys: `arrays` ({path: [dtype, shape, digest]}), `wild` (trained parameters that hold a value that is not finite),
-    `data` (digest of the data position), and all of `about`.
+    Keys: `arrays` (see `describe`), `wild` (trained parameters that hold a value that is not finite), `data` (digest of
+    the data position), and all of `about`, whose own `arrays` are those that the checkpoint names and does not hold.
     """
-    leaves = by_path(state)
-    found, wild = digests(leaves)
-    arrays = {path: [str(x.dtype), list(x.shape), found[path]] for path, x in leaves.items()}
+    arrays, wild = describe(state)
     trained = [path for path in wild if path.startswith("params/")]
-    return {**about, "arrays": arrays, "wild": trained, "data": digest(data)}
+    named = about.get("arrays", {})
+    return {**about, "arrays": {**arrays, **named}, "wild": trained, "data": digest(data)}
+
+
+def describe(tree: Tree, prefix: str = "") -> tuple[dict[str, list], list[str]]:
+    """({path: [dtype, shape, digest]} of the arrays of a tree, paths of those that are not finite)."""
+    leaves = by_path(tree)
+    found, wild = digests(leaves)
+    return {prefix + path: [str(x.dtype), list(x.shape), found[path]] for path, x in leaves.items()}, wild
+
+
+def named_only(record: Mapping[str, Any] | None) -> set[str]:
+    """Paths of the arrays that a checkpoint does not hold, because its record says where they are from."""
+    if not record or "frozen_from" not in record:
+        return set()
+    return {path for path in record["arrays"] if path.startswith(FROZEN)}
 
 
 def digest(value: Any) -> str:

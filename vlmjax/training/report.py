@@ -101,6 +101,7 @@ def write_report(workdir: Folder) -> Path:
         recipe=_read_json(root / "recipe.json", {}),
         environment=_read_json(root / "environment.json", {}),
         attempts=attempts.read(root / "attempts.json"),
+        hosts=_read_json(root / "hosts.json", {}),
     )
     path = root / "report.html"
     _write(path, page.encode("utf-8", "replace"))

@@ -6,6 +6,7 @@ import logging
 import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 from vlmjax.evals.table import TITLES
@@ -42,6 +43,7 @@ def page(
     recipe: Mapping[str, Any],
     environment: Mapping[str, Any],
     attempts: Rows = (),
+    hosts: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The whole page; every part that has nothing to show is left out."""
     fig = report_figures
@@ -52,6 +54,7 @@ def page(
         section("Training", curves, rows),
         section("Evaluation while training", evaluation_curves, rows, results, lead="Dashed: chance."),
         section("Where the time went", report_time.times, attempts, lead=report_time.LEAD),
+        section("Hosts", report_time.hosts, hosts, lead=report_time.HOSTS_LEAD),
         section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
         *[section(_heading("Retrieval", found), fig.gallery, found) for found in retrieval],
         *[section(_heading("Zero-shot", found), fig.confusion, found) for found in zeroshot],

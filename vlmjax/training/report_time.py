@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmjax.training.attempts import account, goodput
+from vlmjax.training.hosts import slowest_first
 
 _TITLES = {
     "step": "steps",
@@ -18,6 +19,10 @@ _TITLES = {
     "lost": "work lost and done again",
     "down": "between starts",
 }
+MOST_HOSTS = 12
+HOSTS_LEAD = (
+    "Steps take all hosts equally long: one that waits for its data makes the others wait for their devices."
+)
 LEAD = "All seconds since the first start, by the wait of the first process."
 
 
@@ -40,6 +45,23 @@ def times(attempts: Sequence[Mapping[str, Any]]) -> str:
         f'<td class="wide"></td><td class="num soft">{duration(whole)}, {starts}</td></tr>'
     )
     return f'<div class="card scroll"><table class="results"><tbody>{"".join(lines)}</tbody></table></div>'
+
+
+def hosts(sums: Mapping[str, Sequence[float]]) -> str:
+    """A line for each of several hosts of the last start, the one that waited longest for its data first."""
+    order = slowest_first(sums) if sums else []
+    if len(order) < 2:
+        return ""
+    lines = [
+        f'<tr><td class="name">host {host}</td><td class="num">{duration(waits["data"])}</td>'
+        f'<td class="num">{duration(waits["step"])}</td></tr>'
+        for host, waits in order[:MOST_HOSTS]
+    ]
+    head = '<tr><th></th><th class="num">waited for data</th><th class="num">waited for its devices</th></tr>'
+    return (
+        f'<div class="card scroll"><table class="results"><thead>{head}</thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+    )
 
 
 def duration(seconds: float | int) -> str:

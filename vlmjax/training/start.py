@@ -11,7 +11,10 @@ from vlmjax.training.build import import_params
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.compile import Program, init_params
 from vlmjax.training.durations import Durations
+from vlmjax.training.records import Reference
 from vlmjax.training.state import TrainState, count, merge
+
+Tree = Any
 
 
 def start_state(
@@ -34,6 +37,20 @@ def start_state(
     shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
     imported = import_params(recipe, model, shardings(recipe.sharding, shapes, mesh))
     return jax.jit(program.make, out_shardings=places)(imported), {}
+
+
+def reference(recipe: Any, model: Any, program: Program, mesh: Mesh) -> Reference | None:
+    """Where the frozen parameters of a run are from, when they are imported ones; None where there are none."""
+    if not recipe.init_from or not jax.tree.leaves(program.state.frozen):
+        return None
+
+    def fetch() -> Tree:
+        places = jax.tree.map(lambda x: x.sharding, program.state.frozen)
+        shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
+        imported = import_params(recipe, model, shardings(recipe.sharding, shapes, mesh))
+        return jax.jit(lambda params: program.make(params).frozen, out_shardings=places)(imported)
+
+    return Reference(recipe.init_from, fetch)
 
 
 def announce(
