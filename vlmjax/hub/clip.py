@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from vlmjax.errors import HubError
-from vlmjax.hub.family import Family, activation, note_training_only, require
+from vlmjax.hub.family import Family, activation, note_training_only, only, require
 from vlmjax.hub.table import Names, Row, linear, norm, patches
 from vlmjax.models.clip import Clip, ClipConfig, ClipText, ClipVision, example_inputs
 from vlmjax.models.text import TextConfig
@@ -107,29 +107,36 @@ def to_vit(config: Mapping[str, Any], where: str = "vision_config") -> VitConfig
         depth=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
         mlp_dim=c["intermediate_size"],
-        image_size=_side(c["image_size"], f"{where}.image_size"),
-        patch_size=_side(c["patch_size"], f"{where}.patch_size"),
+        image_size=whole_side(c["image_size"], f"{where}.image_size"),
+        patch_size=whole_side(c["patch_size"], f"{where}.patch_size"),
         activation=activation(c, where),
         layer_norm_eps=c["layer_norm_eps"],
     )
 
 
-def _side(value: Any, where: str) -> int:
+def whole_side(value: Any, where: str) -> int:
+    """The side of a square, however it is written."""
     sides = {value} if isinstance(value, int) else set(value)
     if len(sides) != 1:
         raise HubError(f"{where} is {value!r}; Hugging Face's CLIP has square images and patches only")
     return sides.pop()
 
 
-def from_vit(config: VitConfig, projection_dim: int | None = None) -> dict[str, Any]:
-    """VitConfig -> CLIPVisionConfig."""
+def square(config: VitConfig) -> int:
+    """The side of a tower's images. Raises HubError where they are not square."""
     height, width = config.image_shape
     if height != width:
         raise HubError(
             f"image_size is {height}x{width}: Hugging Face's CLIP has a square position table only; "
             "train with a square image_size to export (other shapes still work at run time, by interpolation)"
         )
-    sizes = {"image_size": height, "patch_size": config.patch_size}
+    return height
+
+
+def from_vit(config: VitConfig, projection_dim: int | None = None) -> dict[str, Any]:
+    """VitConfig -> CLIPVisionConfig."""
+    only(config, "CLIPVisionModel", class_token=True, pre_norm=True, patch_bias=False, pool="class")
+    sizes = {"image_size": square(config), "patch_size": config.patch_size}
     return VISION_DEFAULTS | _shared(config, projection_dim) | sizes | {"model_type": "clip_vision_model"}
 
 

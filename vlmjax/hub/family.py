@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import flax.linen as nn
+import numpy as np
 
 from vlmjax.errors import HubError
 from vlmjax.hub.table import Names, Row
@@ -29,6 +30,7 @@ class Family(NamedTuple):
         beside: scalar parameters that training may have and the class has not; config.json keeps them, as keys that
             transformers carries along unread.
         copies: module -> tensors that a file may hold beside the one they must equal, as a tied head.
+        constants: module -> tensors that a file holds besides, always these.
     """
 
     architecture: str
@@ -41,6 +43,7 @@ class Family(NamedTuple):
     processor: str | None
     beside: tuple[str, ...] = ()
     copies: Callable[[Any], Mapping[str, str]] = lambda model: {}
+    constants: Callable[[Any], Mapping[str, np.ndarray]] = lambda model: {}
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,13 +14,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, clip, llama, opt, processor, safetensors, table
+from vlmjax.hub import bert, clip, llama, llava, opt, processor, safetensors, siglip, table
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
+from vlmjax.models.vlm import Vlm
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -32,6 +33,8 @@ FAMILIES: dict[str, Family] = {
         clip.TEXT_PROJECTED,
         bert.BERT,
         bert.DUAL_ENCODER,
+        siglip.VISION,
+        llava.LLAVA,
         llama.LLAMA,
         llama.MISTRAL,
         llama.QWEN2,
@@ -45,6 +48,8 @@ _BY_TYPE = {
     "clip_vision_model": "CLIPVisionModel",
     "clip_text_model": "CLIPTextModel",
     "bert": "BertModel",
+    "siglip_vision_model": "SiglipVisionModel",
+    "llava": "LlavaForConditionalGeneration",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
     "llama": "LlamaForCausalLM",
     "mistral": "MistralForCausalLM",
@@ -91,8 +96,10 @@ def load(
     places = shardings(expected) if callable(shardings) else shardings
     weights = safetensors.open_folder(path)
     copies = family.copies(model)
-    _check_copies(copies, family.names.resolve(list(weights)), weights, path)
-    ignored = (*family.names.ignored, *left_behind, *map(re.escape, copies))
+    constants, found = family.constants(model), family.names.resolve(list(weights))
+    _check_copies(copies, found, weights, path)
+    _check_constants(constants, found, weights, path)
+    ignored = (*family.names.ignored, *left_behind, *map(re.escape, (*copies, *constants)))
     names = family.names._replace(ignored=ignored)
     params = table.read(
         family.rows(model),
@@ -135,7 +142,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText, Bert or Decoder.
+        model: Clip, ClipVision, ClipText, Bert, Decoder or Vlm.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -155,7 +162,9 @@ def save(
     config |= beside
     params = {name: value for name, value in params.items() if name not in beside}
     expected = abstract_params(family, model)
-    tensors = table.write(family.rows(model), params, expected, dtype=DTYPES[_known(dtype, "dtype")])
+    kind = DTYPES[_known(dtype, "dtype")]
+    tensors = table.write(family.rows(model), params, expected, dtype=kind)
+    tensors |= {name: table.constant(value, kind) for name, value in family.constants(model).items()}
     settings = processor.check(family, model, tokenizer, image_processor)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -175,15 +184,20 @@ def family_of(model: nn.Module) -> Family:
         case Clip():
             return bert.DUAL_ENCODER if isinstance(model.config.text, BertConfig) else clip.CLIP
         case ClipVision():
+            if not model.config.class_token:
+                return siglip.VISION
             return clip.VISION if model.projection_dim is None else clip.VISION_PROJECTED
         case ClipText():
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
         case Bert():
             return bert.BERT
+        case Vlm():
+            return llava.LLAVA
         case Decoder():
             return _BY_FAMILY[model.config.family]
     raise HubError(
-        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert, Decoder"
+        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert, Decoder, "
+        "Vlm"
     )
 
 
@@ -255,6 +269,9 @@ def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     if isinstance(model, Clip):
         towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
         return model.clone(config=replace(config, **towers))
+    if isinstance(model, Vlm):
+        parts = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text", "bridge")}
+        return model.clone(config=replace(config, **parts))
     return model.clone(config=replace(config, dtype=dtype))
 
 
@@ -270,6 +287,21 @@ def _check_copies(
                     f"{path}: {pair[0]} differs from {pair[1]}, but config.json says they are one; "
                     "set tie_word_embeddings to false there, or remove the tensor that is not meant"
                 )
+
+
+def _check_constants(
+    constants: Mapping[str, np.ndarray],
+    found: Mapping[str, str],
+    weights: safetensors.Weights,
+    path: Path,
+) -> None:
+    """Raise HubError where a tensor that config.json makes a constant is another."""
+    for name, value in constants.items():
+        if name not in found or not np.array_equal(weights[found[name]], value):
+            raise HubError(
+                f"{path}: {found.get(name, name)} is not what config.json says it is ({name} belongs to a single "
+                "projection written as two); read the folder without its key vlmjax_bridge to have both"
+            )
 
 
 def _known(dtype: str, argument: str) -> str:

@@ -271,6 +271,11 @@ def write(
     return tensors
 
 
+def constant(value: np.ndarray, dtype: Any) -> Pending:
+    """A tensor that no parameter holds, to be written beside the others."""
+    return Pending(value.shape, np.dtype(dtype), lambda: value.astype(dtype))
+
+
 def _make(leaf: Any, transform: Transform, layer: int | None, dtype: np.dtype) -> np.ndarray:
     whole = np.asarray(jax.device_get(leaf))  # jax keeps this copy with the array: layers share one transfer
     return transform.to_hf((whole if layer is None else whole[layer]).astype(dtype))

@@ -9,10 +9,14 @@ import flax.struct
 
 
 class TowerOutput(flax.struct.PyTreeNode):
-    """One tower: last_hidden_state [batch, tokens, width], pooler_output [batch, width] in float32."""
+    """One tower: last_hidden_state [batch, tokens, width], pooler_output [batch, width] in float32.
+
+    `features` [batch, tokens, width x layers] are hidden states that an image tower was asked for.
+    """
 
     last_hidden_state: Any
     pooler_output: Any
+    features: Any = None
 
 
 class VisionOutput(flax.struct.PyTreeNode):

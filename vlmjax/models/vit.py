@@ -1,4 +1,4 @@
-"""CLIP's vision transformer: patches and a class token through pre-norm blocks."""
+"""Vision transformers of CLIP and SigLIP: patches, with a class token or without, through pre-norm blocks."""
 
 import dataclasses
 import math
@@ -10,15 +10,38 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from vlmjax.errors import RecipeError, UserError
-from vlmjax.models.layers import DTYPES, BlockInit, LayerNorm, Mlp, SelfAttention, check_tower, stack, stream
+from vlmjax.models.layers import (
+    DTYPES,
+    BlockInit,
+    LayerNorm,
+    Mlp,
+    SelfAttention,
+    check_tower,
+    heads_of,
+    stack,
+    stream,
+)
 from vlmjax.models.outputs import TowerOutput
+from vlmjax.ops.attention import attention, merge_heads
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.activations import constrain
+
+POOLS = ("class", "attention", "none")
 
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
-    """Shape of a vision transformer. `image_size` is a side or (height, width) in pixels."""
+    """Shape of a vision transformer. `image_size` is a side or (height, width) in pixels.
+
+    The last four fields are CLIP's by default; SigLIP (2303.15343) has neither class token nor norm before the blocks,
+    a bias on its patches, and pools with a query of its own (2106.04560, section 3).
+
+    Attributes:
+      class_token: whether a learned token stands before the patches.
+      pre_norm: whether a norm stands before the blocks.
+      patch_bias: whether the projection of patches has a bias.
+      pool: `class` (the normalised class token), `attention`, or `none`.
+    """
 
     width: int
     depth: int
@@ -31,10 +54,19 @@ class VitConfig:
     dtype: str = "float32"
     remat: str = "none"
     patch_dropout: float = 0.0
+    class_token: bool = True
+    pre_norm: bool = True
+    patch_bias: bool = False
+    pool: str = "class"
 
     def __post_init__(self):
         """Refuse what cannot be built."""
         check_tower(self)
+        if self.pool not in POOLS or (self.pool == "class" and not self.class_token):
+            raise RecipeError(
+                f"VitConfig.pool is {self.pool!r} with class_token={self.class_token}; choose one of "
+                f"{', '.join(POOLS)}, and `class` only where there is one"
+            )
         if min(self.grid) < 1:
             raise RecipeError(
                 f"VitConfig.patch_size {self.patch_size} leaves no patch in image_size {self.image_size}; "
@@ -93,8 +125,19 @@ class VitBlock(nn.Module):
         return stream(x + Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y)), None
 
 
+class VitKeepingBlock(VitBlock):
+    """The same block, whose output the scan also collects."""
+
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], mask: None = None
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch tokens width"]]:
+        """Return the stream after this block, twice."""
+        x, _ = super().__call__(x, mask)
+        return x, x
+
+
 class VitEmbeddings(nn.Module):
-    """Pixels to tokens: a class token and one token per patch, plus learned positions."""
+    """Pixels to tokens: one per patch, after a class token if there is one, plus learned positions."""
 
     config: VitConfig
 
@@ -110,16 +153,17 @@ class VitEmbeddings(nn.Module):
         # default of torch's Conv2d, uniform within fan_in^-0.5.
         normal = nn.initializers.normal(cfg.width**-0.5)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
-        class_embedding = self.param("class_embedding", normal, (cfg.width,), jnp.float32)
-        positions = self.param(
-            "position_embedding", normal, (1 + math.prod(cfg.grid), cfg.width), jnp.float32
-        )
+        rows = cfg.class_token + math.prod(cfg.grid)
+        positions = self.param("position_embedding", normal, (rows, cfg.width), jnp.float32)
         tokens = nn.Dense(
-            cfg.width, use_bias=False, dtype=dtype, kernel_init=uniform, name="patch_embedding"
+            cfg.width, use_bias=cfg.patch_bias, dtype=dtype, kernel_init=uniform, name="patch_embedding"
         )(patches)
-        first = jnp.broadcast_to(class_embedding.astype(dtype), (tokens.shape[0], 1, cfg.width))
-        positions = resize_positions(positions, cfg.grid, grid).astype(dtype)
-        return stream(jnp.concatenate([first, tokens], axis=1) + positions[None])
+        if cfg.class_token:
+            class_embedding = self.param("class_embedding", normal, (cfg.width,), jnp.float32)
+            first = jnp.broadcast_to(class_embedding.astype(dtype), (tokens.shape[0], 1, cfg.width))
+            tokens = jnp.concatenate([first, tokens], axis=1)
+        positions = resize_positions(positions, cfg.grid, grid, prefix=int(cfg.class_token)).astype(dtype)
+        return stream(tokens + positions[None])
 
 
 class VitEncoder(nn.Module):
@@ -128,35 +172,76 @@ class VitEncoder(nn.Module):
     config: VitConfig
 
     @nn.compact
-    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens width"]:
-        """Run all layers."""
-        blocks = stack(VitBlock, self.config.depth, self.config.remat)
-        return blocks(self.config, name="layers")(x, None)[0]
+    def __call__(
+        self, x: Float[Array, "batch tokens width"], layers: tuple[int, ...] = ()
+    ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch tokens features"] | None]:
+        """Run all layers; returns what the last one leaves, and the chosen hidden states side by side."""
+        cfg = self.config
+        block = stack(VitKeepingBlock if layers else VitBlock, cfg.depth, cfg.remat)
+        last, each = block(cfg, name="layers")(x, None)
+        if not layers:
+            return last, None
+        chosen = [layer % (cfg.depth + 1) for layer in layers]
+        return last, jnp.concatenate([each[layer - 1] if layer else x for layer in chosen], axis=-1)
 
 
 class Vit(nn.Module):
-    """CLIP's image tower. Its pooled output is the normalised class token, in float32."""
+    """An image tower. Its pooled output is in float32."""
 
     config: VitConfig
 
     @nn.compact
     def __call__(
-        self, pixel_values: Float[Array | np.ndarray, "batch height width channels"], *, train: bool = False
+        self,
+        pixel_values: Float[Array | np.ndarray, "batch height width channels"],
+        *,
+        train: bool = False,
+        layers: tuple[int, ...] = (),
     ) -> TowerOutput:
         """Encode normalised images, channels last, of any size of at least one patch.
 
         With `train` and config.patch_dropout, a random share of the patches is left out (needs the "dropout"
-        rng), so there are fewer tokens. last_hidden_state is not normalised, as in Hugging Face's model.
+        rng), so there are fewer tokens. With `pool` "class" last_hidden_state is not normalised, else it is: as in
+        Hugging Face's models. `layers` chooses hidden states for `features`: 0 is what the first block reads, -1 what
+        the last one leaves.
         """
-        cfg = self.config
+        cfg, dtype = self.config, DTYPES[self.config.dtype]
         check_pixels(pixel_values, cfg.patch_size)
         x = VitEmbeddings(cfg, name="embeddings")(pixel_values)
         if train and cfg.patch_dropout > 0.0:
-            x = drop_patches(x, cfg.patch_dropout, self.make_rng("dropout"))
-        x = LayerNorm(cfg.layer_norm_eps, DTYPES[cfg.dtype], name="pre_layernorm")(x)
-        x = VitEncoder(cfg, name="encoder")(x)
-        pooled = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="post_layernorm")(x[:, 0])
-        return TowerOutput(last_hidden_state=x, pooler_output=constrain(pooled, "batch", None))
+            x = drop_patches(x, cfg.patch_dropout, self.make_rng("dropout"), kept=int(cfg.class_token))
+        if cfg.pre_norm:
+            x = LayerNorm(cfg.layer_norm_eps, dtype, name="pre_layernorm")(x)
+        x, features = VitEncoder(cfg, name="encoder")(x, layers)
+        if cfg.pool == "class":
+            pooled = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="post_layernorm")(x[:, 0])
+        else:
+            x = LayerNorm(cfg.layer_norm_eps, dtype, name="post_layernorm")(x)
+            pooled = AttentionPool(cfg, name="head")(x) if cfg.pool == "attention" else None
+        pooled = None if pooled is None else constrain(pooled, "batch", None)
+        return TowerOutput(last_hidden_state=x, pooler_output=pooled, features=features)
+
+
+class AttentionPool(nn.Module):
+    """One learned query looks at all tokens, then an MLP adds to what it saw (2106.04560, section 3)."""
+
+    config: VitConfig
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
+        """Pool, in float32."""
+        cfg, init = self.config, vit_init(self.config.width)
+        probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, cfg.width), jnp.float32)
+        kernel = self.param("in_proj", init.qkv, (cfg.width, 3 * cfg.width), jnp.float32)
+        bias = self.param("in_proj_bias", nn.initializers.zeros_init(), (3 * cfg.width,), jnp.float32)
+        x = x.astype(jnp.float32)
+        query = jnp.broadcast_to(probe, (x.shape[0], 1, cfg.width))
+        parts = zip((query, x, x), jnp.split(kernel, 3, axis=1), jnp.split(bias, 3), strict=True)
+        q, k, v = (heads_of(inputs @ part + shift[None, None], cfg.heads) for inputs, part, shift in parts)
+        mixed = merge_heads(attention(q, k, v))
+        mixed = nn.Dense(cfg.width, kernel_init=init.out, name="out_proj")(mixed)
+        y = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="layernorm")(mixed)
+        return (mixed + Mlp(cfg.mlp_dim, cfg.activation, jnp.float32, init, name="mlp")(y))[:, 0]
 
 
 def check_pixels(pixel_values: Array | np.ndarray, patch_size: int) -> None:
@@ -189,11 +274,11 @@ def patchify(
 
 
 def drop_patches(
-    x: Float[Array, "batch tokens width"], share: float, key: jax.Array
-) -> Float[Array, "batch kept width"]:
-    """Keep the class token and a random part of the patches, drawn per image (FLIP, arXiv:2212.00794)."""
-    patches = x.shape[1] - 1
+    x: Float[Array, "batch tokens width"], share: float, key: jax.Array, kept: int = 1
+) -> Float[Array, "batch fewer width"]:
+    """Keep the first `kept` tokens and a random part of the patches, drawn per image (FLIP, arXiv:2212.00794)."""
+    patches = x.shape[1] - kept
     keep = max(1, round(patches * (1.0 - share)))
     _, chosen = jax.lax.top_k(jax.random.uniform(key, (x.shape[0], patches)), keep)
-    kept = jnp.take_along_axis(x[:, 1:], chosen[:, :, None], axis=1)
-    return jnp.concatenate([x[:, :1], kept], axis=1)
+    rest = jnp.take_along_axis(x[:, kept:], chosen[:, :, None], axis=1)
+    return jnp.concatenate([x[:, :kept], rest], axis=1) if kept else rest

@@ -1,0 +1,197 @@
+"""A vision-language model by composition: an image tower, a bridge, and a language model that reads both."""
+
+import dataclasses
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+from vlmjax.errors import RecipeError, UserError
+from vlmjax.models.bridges import Bridge, BridgeConfig
+from vlmjax.models.cache import Cache
+from vlmjax.models.decoder import Decoder, DecoderConfig, text_positions
+from vlmjax.models.layers import Ids
+from vlmjax.models.vit import Vit, VitConfig
+
+Pixels = Float[Array | np.ndarray, "batch slots rows columns 3"]
+
+
+@dataclasses.dataclass(frozen=True)
+class VlmConfig:
+    """The parts, and how the language model meets the image.
+
+    Attributes:
+      image: the tower.
+      text: the language model.
+      bridge: what lies between.
+      image_token_id: the placeholder; a text has one for every token that an image becomes.
+      feature_layers: hidden states of the tower that the bridge reads, side by side; 0 is what the first block reads,
+        -1 what the last one leaves, -2 what the last but one leaves (LLaVA, 2304.08485, section 4.1).
+      keep_class: whether the class token is one of the features.
+    """
+
+    image: VitConfig
+    text: DecoderConfig
+    bridge: BridgeConfig
+    image_token_id: int
+    feature_layers: tuple[int, ...] = (-2,)
+    keep_class: bool = False
+
+    def __post_init__(self):
+        """Refuse what cannot be built."""
+        states = self.image.depth + 1
+        for layer in self.feature_layers:
+            if not -states <= layer < states:
+                raise RecipeError(
+                    f"VlmConfig.feature_layers has {layer}; the tower has {states} hidden states, "
+                    f"-{states} to {states - 1}"
+                )
+        if not self.feature_layers:
+            raise RecipeError("VlmConfig.feature_layers is empty; name at least one hidden state, such as -2")
+        if self.image_token_id < 0:
+            raise RecipeError(f"VlmConfig.image_token_id is {self.image_token_id}; give the id of a token")
+        if self.keep_class and not self.image.class_token:
+            raise RecipeError("VlmConfig.keep_class: this tower has no class token; leave it out")
+
+    @property
+    def image_tokens(self) -> int:
+        """Placeholders that stand for one image."""
+        return self.bridge.tokens(math.prod(self.image.grid) + self.keep_class)
+
+
+class Vlm(nn.Module):
+    """LLaVA and its kind. `embed`, the call and `logits` are those of a Decoder, so that it generates as one does."""
+
+    config: VlmConfig
+
+    def setup(self):
+        """Build the three parts."""
+        cfg = self.config
+        self.vision_model = Vit(cfg.image)
+        self.bridge = Bridge(cfg.bridge, cfg.text.width)
+        self.language_model = Decoder(cfg.text)
+
+    def image_features(
+        self, pixel_values: Float[Array | np.ndarray, "images rows columns 3"]
+    ) -> Float[Array, "images tokens width"]:
+        """What normalised images become for the language model."""
+        cfg = self.config
+        features = self.vision_model(pixel_values, layers=cfg.feature_layers).features
+        if cfg.image.class_token and not cfg.keep_class:
+            features = features[:, 1:]
+        return self.bridge(features)
+
+    def embed(self, input_ids: Ids, pixel_values: Pixels | None = None) -> Float[Array, "batch tokens width"]:
+        """Embeddings of a text whose placeholders are replaced by the features of its row's images, in order.
+
+        Args:
+          input_ids: with `config.image_tokens` placeholders for each image.
+          pixel_values: normalised images. Slots that no placeholder asks for are computed and not looked at.
+
+        Returns:
+          Embeddings; NaN for placeholders beyond a row's images (see `check_placeholders`, before compilation).
+        """
+        ids = jnp.asarray(input_ids)
+        words = self.language_model.embed(ids)
+        if pixel_values is None:
+            return words
+        batch, slots = pixel_values.shape[:2]
+        features = self.image_features(pixel_values.reshape(batch * slots, *pixel_values.shape[2:]))
+        features = features.reshape(batch, slots * features.shape[1], features.shape[2])
+        return place(words, features, ids == self.config.image_token_id)
+
+    def __call__(
+        self,
+        embeddings: Float[Array, "batch tokens width"],
+        *,
+        positions: Int[Array | np.ndarray, "batch tokens"],
+        segment_ids: Int[Array | np.ndarray, "batch tokens"] | None = None,
+        cache: Cache | None = None,
+    ) -> tuple[Float[Array, "batch tokens embed_dim"], Cache | None]:
+        """Run the language model, see `Decoder`."""
+        return self.language_model(embeddings, positions=positions, segment_ids=segment_ids, cache=cache)
+
+    def logits(self, hidden: Float[Array, "batch tokens embed_dim"]) -> Float[Array, "batch tokens vocab"]:
+        """Scores of the next token, in float32."""
+        return self.language_model.logits(hidden)
+
+    def head_kernel(self) -> Float[Array, "embed_dim vocab"]:
+        """The matrix from hidden states to logits."""
+        return self.language_model.head_kernel()
+
+    def causal_lm(
+        self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Logits of whole texts with their images, padded on either side."""
+        ids = jnp.asarray(input_ids)
+        mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
+        segments = None if attention_mask is None else (mask != 0).astype(jnp.int32)
+        embeddings = self.embed(ids, pixel_values)
+        hidden, _ = self(embeddings, positions=text_positions(mask), segment_ids=segments)
+        return self.logits(hidden)
+
+    def init_all(self, input_ids: Ids, pixel_values: Pixels) -> Any:
+        """Touch every parameter: what `init` is to be called with."""
+        return self.causal_lm(input_ids, None, pixel_values)
+
+
+def place(
+    words: Float[Array, "batch tokens width"],
+    features: Float[Array, "batch features width"],
+    is_image: Bool[Array, "batch tokens"],
+) -> Float[Array, "batch tokens width"]:
+    """The n-th placeholder of a row becomes the row's n-th feature."""
+    index = jnp.cumsum(is_image.astype(jnp.int32), axis=1) - 1
+    index = jnp.where(is_image, index, 0)[..., None]
+    chosen = jnp.take_along_axis(features, index, axis=1, mode="fill", fill_value=jnp.nan)
+    return jnp.where(is_image[..., None], chosen.astype(words.dtype), words)
+
+
+def check_placeholders(config: VlmConfig, input_ids: np.ndarray, images: np.ndarray) -> None:
+    """Raise UserError unless every row has placeholders for exactly its images.
+
+    Args:
+      config: of the model.
+      input_ids: int [batch, tokens], on the host.
+      images: int [batch], how many images each row has.
+    """
+    found = (np.asarray(input_ids) == config.image_token_id).sum(axis=1)
+    for row, (placeholders, count) in enumerate(
+        zip(found.tolist(), np.asarray(images).tolist(), strict=True)
+    ):
+        if placeholders != count * config.image_tokens:
+            raise UserError(
+                f"row {row} has {placeholders} image placeholders (id {config.image_token_id}) and {count} image(s); "
+                f"{config.image_tokens} belong to each image: write one <image> for each, which the processor expands"
+            )
+
+
+def deal(config: VlmConfig, input_ids: np.ndarray, pixel_values: np.ndarray) -> np.ndarray:
+    """Images one after the other, as Hugging Face's processors give them, dealt out to the rows that ask for them.
+
+    Args:
+      config: of the model.
+      input_ids: int [batch, tokens].
+      pixel_values: [images, height, width, 3].
+
+    Returns:
+      [batch, slots, height, width, 3] with as many slots as the row with the most images, at least one; zeros in slots
+      of rows that have fewer.
+
+    Raises:
+      UserError: rows ask for another number of images than there are.
+    """
+    counts = (np.asarray(input_ids) == config.image_token_id).sum(axis=1) / config.image_tokens
+    whole = counts.astype(int)
+    if (counts != whole).any() or whole.sum() != len(pixel_values):
+        raise UserError(
+            f"the texts have placeholders for {counts.sum():g} image(s) of {config.image_tokens} tokens, but there are "
+            f"{len(pixel_values)} image(s): give one <image> for each"
+        )
+    out = np.zeros((len(whole), max(1, whole.max(initial=0)), *pixel_values.shape[1:]), pixel_values.dtype)
+    for row, (count, end) in enumerate(zip(whole, np.cumsum(whole), strict=True)):
+        out[row, :count] = pixel_values[end - count : end]
+    return out
