@@ -66,7 +66,11 @@ class ChatTemplate:
                     "the tokenizer's chat template changes earlier turns when later ones come, so what each turn adds "
                     "cannot be told: choose a named one, config.data.conversation.template='v1'"
                 )
-            out += self._answer(now[len(done) :], parts, turn) if not prompt else self._split(now[len(done) :], parts)
+            out += (
+                self._answer(now[len(done) :], parts, turn)
+                if not prompt
+                else self._split(now[len(done) :], parts)
+            )
             done = now
         self._check(done, parts)
         return self._without_opening(joined(out))

@@ -5,7 +5,10 @@ from dataclasses import dataclass
 from vlmjax.errors import DataError
 
 OWN = "tokenizer"  # the name that stands for the tokenizer's own chat template
-OPEN, CLOSE = "<s>", "</s>"  # in a template: the opening and the closing token, whatever the tokenizer calls them
+OPEN, CLOSE = (
+    "<s>",
+    "</s>",
+)  # in a template: the opening and the closing token, whatever the tokenizer calls them
 CONTROL = (OPEN, CLOSE, "<|im_start|>", "<|im_end|>")
 
 _CURIOUS = (

@@ -111,8 +111,8 @@ class Pieces:
                 return ids[len(before) :]
         return self._whole(text.removeprefix(" "))
 
-    def token(self, name: str) -> list[int]:
-        """The id of a control token of a template; of one that the vocabulary lacks, the ids of its letters.
+    def token(self, name: str) -> int | None:
+        """The id of a control token of a template; None for one that the vocabulary lacks.
 
         Raises:
             DataError: the opening or closing token, where the tokenizer has none.
@@ -120,10 +120,16 @@ class Pieces:
         known = {OPEN: self._bos, CLOSE: self.eos_token_id}
         if name in known:
             if known[name] is None:
-                raise DataError(f"the tokenizer has no token for {name!r}, which the template wants: choose another one")
-            return [known[name]]
-        found = self._backend.token_to_id(name)
-        return self._whole(name) if found is None else [found]
+                raise DataError(
+                    f"the tokenizer has no token for {name!r}, which the template wants: choose another one"
+                )
+            return known[name]
+        return self._backend.token_to_id(name)
+
+    def readable(self, segments: Sequence[Segment]) -> list[Segment]:
+        """The pieces with control tokens that the vocabulary lacks as plain text, joined with what is beside them."""
+        lacks = {s.text for s in segments if s.kind == "token" and self.token(s.text) is None}
+        return talk.joined(s._replace(kind="text") if s.text in lacks else s for s in segments)
 
     def template(self, name: str | Template) -> Template | None:
         """A template by its name, as this tokenizer can write it; None for the tokenizer's own.
@@ -154,9 +160,13 @@ def _parts_of(tokenizer: Any) -> tuple[Any, Any, tuple[int | None, int | None, i
     hf = getattr(tokenizer, "hf", None)
     if hasattr(tokenizer, "backend_tokenizer"):
         tokenizer, hf = tokenizer, tokenizer
-    backend = getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "backend", None) or tokenizer
+    backend = (
+        getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "backend", None) or tokenizer
+    )
     if not hasattr(backend, "to_str"):
-        raise DataError(f"{type(tokenizer).__name__} is no fast tokenizer: open it with vlmjax.data.text.load")
+        raise DataError(
+            f"{type(tokenizer).__name__} is no fast tokenizer: open it with vlmjax.data.text.load"
+        )
     if backend is tokenizer:
         bos, eos, pad = (backend.token_to_id(name) for name in (OPEN, CLOSE, "<pad>"))
     else:
@@ -186,8 +196,8 @@ def encode(
 ) -> Encoded:
     """A conversation as ids with the weight that each has as a target.
 
-    What is longer than `max_length`, or needs more than `max_images`, is cut at its end, before an image rather than
-    inside it, and then back to the last token that has loss.
+    It ends with the last token that has loss. What is longer than `max_length`, or needs more than `max_images`, is
+    cut at its end, before an image rather than inside it, and then back to the last token that has loss.
 
     Args:
         conversation: see `conversation.from_turns`.
@@ -206,28 +216,31 @@ def encode(
     """
     if talk.count(conversation, "video"):
         raise BadRecord("video", key, "videos are not read yet")
-    segments = rendered(
-        conversation, name, tokenizer, system=system, image_first=image_first, key=key
-    )
+    segments = rendered(conversation, name, tokenizer, system=system, image_first=image_first, key=key)
     counts = _counts(image_tokens, talk.count(conversation), key)
     ids, weights, spans = _laid(segments, tokenizer, counts, image_token_id)
-    if not any(weights[1:]):
+    whole = _last(weights, len(ids))
+    if not whole:
         raise BadRecord("no_loss", key, "nothing in it is an answer")
     fits = [at for at, _ in spans[max_images:]] if max_images is not None else []
-    end, reason = (fits[0], "too_many_images") if fits else (len(ids), "too_long")
+    end, reason = (fits[0], "too_many_images") if fits else (whole, "too_long")
     if max_length < end:
         end, reason = max_length, "too_long"
         end = next((at for at, n in spans if at < end < at + n), end)
-    if end < len(ids):
-        end = max((at + 1 for at in range(1, end) if weights[at]), default=0)
+    end = _last(weights, end)
     if not end:
-        raise BadRecord(reason, key, f"{len(ids)} tokens and {len(spans)} images, no answer in what fits")
+        raise BadRecord(reason, key, f"{whole} tokens and {len(spans)} images, no answer in what fits")
     return Encoded(
         np.array(ids[:end], np.int32),
         np.array(weights[:end], np.float32),
         tuple(span for span in spans if sum(span) <= end),
-        len(ids) - end,
+        whole - end,
     )
+
+
+def _last(weights: Sequence[float], end: int) -> int:
+    """Where the last token with loss before `end` ends; 0 for none. The very first token is never predicted."""
+    return next((at + 1 for at in range(min(end, len(weights)) - 1, 0, -1) if weights[at]), 0)
 
 
 def rendered(
@@ -276,11 +289,11 @@ def _laid(
 ) -> tuple[list[int], list[float], list[tuple[int, int]]]:
     ids, weights, spans = list(tokenizer.opening), [0.0] * len(tokenizer.opening), []
     place = "start"
-    for segment in segments:
+    for segment in tokenizer.readable(segments):
         if segment.kind == "text":
             piece, place = tokenizer.encode(segment.text, place), "inside"
         elif segment.kind == "token":
-            piece, place = tokenizer.token(segment.text), "after"
+            piece, place = [tokenizer.token(segment.text)], "after"
         else:
             piece, place = [image_token_id] * counts[len(spans)], "after"
             spans.append((len(ids), len(piece)))
