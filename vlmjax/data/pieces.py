@@ -93,6 +93,8 @@ class Pieces:
         return (anchor, ids) if whole else None
 
     def _whole(self, text: str) -> list[int]:
+        if not text.isascii():  # half of a surrogate pair, which json may hold, is no text to the library
+            text = text.encode("utf-8", "replace").decode()
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def encode(self, text: str, place: str = "start") -> list[int]:

@@ -288,6 +288,11 @@ class Subset:
         captions, row = getattr(self._source, "captions_at", None), int(self._rows[i])
         return captions(row) if captions else self._source[row].captions
 
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation of row i, none where it has none."""
+        turns, row = getattr(self._source, "turns_at", None), int(self._rows[i])
+        return turns(row) if turns else self._source[row].extra.get(rows.CONVERSATIONS, [])
+
     def column(self, name: str) -> np.ndarray | None:
         """A column of the index of the source, where it has one."""
         column = getattr(self._source, "column", None)
