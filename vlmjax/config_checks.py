@@ -178,7 +178,7 @@ def _check_conversations(c: Any) -> None:
         return
     if c.data.cache_decoded:
         raise RecipeError(
-            f"config.data.cache_decoded={c.data.cache_decoded} keeps images of pairs; with stage='generative' leave it 0"
+            f"config.data.cache_decoded={c.data.cache_decoded} is for pairs; with stage='generative' leave it 0"
         )
     side = c.model.image.image_size // c.model.image.patch_size
     if side * side >= c.data.max_length:

@@ -93,13 +93,16 @@ def shown(segments: list[Segment]) -> str:
 
 # Written by hand from the authors' code, see conversation_templates.
 WRITTEN = {
-    "v0": CURIOUS + "\n\n### Human: <image>\nWhat?\n### Assistant:{ A cat.\n###} Human: Sure?\n### Assistant:{ Yes\n###}",
-    "v1": CURIOUS.replace("human", "user") + " USER: <image>\nWhat? ASSISTANT:{ A cat.</s>}USER: Sure? ASSISTANT:{ Yes</s>}",
+    "v0": CURIOUS + "\n\n### Human: <image>\nWhat?\n### Assistant:{ A cat.\n###} "
+    "Human: Sure?\n### Assistant:{ Yes\n###}",
+    "v1": CURIOUS.replace("human", "user") + " USER: <image>\nWhat? ASSISTANT:{ A cat.</s>}"
+    "USER: Sure? ASSISTANT:{ Yes</s>}",
     "llava_v1": CURIOUS + " USER: <image>\nWhat? ASSISTANT:{ A cat.</s>}USER: Sure? ASSISTANT:{ Yes</s>}",
     "llama_2": "[INST] <image>\nWhat? [/INST]{ A cat. </s>}<s>[INST] Sure? [/INST]{ Yes </s>}",
     "mistral_instruct": "[INST] <image>\nWhat? [/INST]{ A cat. </s>}[INST] Sure? [/INST]{ Yes </s>}",
     "chatml": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<image>\nWhat?<|im_end|>\n"
-    "<|im_start|>assistant\n{A cat.<|im_end|>}\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n{Yes<|im_end|>}",
+    "<|im_start|>assistant\n{A cat.<|im_end|>}\n<|im_start|>user\nSure?<|im_end|>\n<|im_start|>assistant\n"
+    "{Yes<|im_end|>}",
     "chatml_direct": "<|im_start|>system\nAnswer the questions.<|im_end|><|im_start|>user\n<image>\nWhat?<|im_end|>"
     "<|im_start|>assistant\n{A cat.<|im_end|>}<|im_start|>user\nSure?<|im_end|><|im_start|>assistant\n{Yes<|im_end|>}",
 }  # fmt: skip
@@ -146,12 +149,12 @@ TABLES = {
     "ASSISTANT|:|* A|* cat|*.|*</s>|USER|:| Sure|?| ASSISTANT|:|* Yes|*</s>",
     "llama_2": "<s> [|INST|]| |@|@|@|\n|What|?| [|/|INST|]|* A|* cat|*.|* |*</s>|<s>|[|INST|]| Sure|?| [|/|INST|]|"
     "* Yes|* |*</s>",
-    "chatml": "<s> <|im_start|>|system|\n|You| are| a| helpful| assistant|.|<|im_end|>|\n|<|im_start|>|user|\n|@|@|@|\n|"
-    "What|?|<|im_end|>|\n|<|im_start|>|assistant|\n|*A|* cat|*.|*<|im_end|>|\n|<|im_start|>|user|\n|Sure|?|"
+    "chatml": "<s> <|im_start|>|system|\n|You| are| a| helpful| assistant|.|<|im_end|>|\n|<|im_start|>|user|\n|"
+    "@|@|@|\n|What|?|<|im_end|>|\n|<|im_start|>|assistant|\n|*A|* cat|*.|*<|im_end|>|\n|<|im_start|>|user|\n|Sure|?|"
     "<|im_end|>|\n|<|im_start|>|assistant|\n|*Yes|*<|im_end|>",
-    "v0": "<s> " + "|".join(w if not n else " " + w for n, w in enumerate(CURIOUS.replace(",", " ,").replace(".", " .").split()))
-    .replace("| ,", "|,").replace("| .", "|.")
-    + "|\n|\n|#|#|#| Human|:| |@|@|@|\n|What|?|\n|#|#|#| Assistant|:|* A|* cat|*.|*\n|*#|*#|*#| Human|:| Sure|?|\n|"
+    "v0": "<s> A| chat| between| a| curious| human| and| an| artificial| intelligence| assistant|.| The| assistant| "
+    "gives| helpful|,| detailed|,| and| polite| answers| to| the| human's| questions|."
+    "|\n|\n|#|#|#| Human|:| |@|@|@|\n|What|?|\n|#|#|#| Assistant|:|* A|* cat|*.|*\n|*#|*#|*#| Human|:| Sure|?|\n|"
     "#|#|#| Assistant|:|* Yes|*\n|*#|*#|*#",
 }  # fmt: skip
 

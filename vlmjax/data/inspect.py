@@ -70,8 +70,8 @@ def run(options: argparse.Namespace, keys: Sequence[str] = ()) -> int:
     recipe = read_recipe(options, keys)
     if recipe.stage != "contrastive":
         raise RecipeError(
-            f"config.stage={recipe.stage!r}: only rows of 'contrastive' can be shown; for the same pictures and captions "
-            "add --config.stage=contrastive"
+            f"config.stage={recipe.stage!r}: only rows of 'contrastive' can be shown; for the same pictures and "
+            "captions add --config.stage=contrastive"
         )
 
     from vlmjax.data import page

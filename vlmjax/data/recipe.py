@@ -88,7 +88,7 @@ def _open_tokenizer(name: str, source: Source | None, max_length: int) -> text.T
 def sample_captions(source: Source) -> Iterator[str]:
     """Captions from all over a source, so that every part of it gives its words; an unreadable record has none.
 
-    Of a conversation what everybody says.
+    Of a conversation of several rounds what everybody says.
     """
     left = BPE_CAPTIONS
     order = permute(np.arange(min(left, len(source))), len(source), seed=0, epoch=0)
@@ -104,8 +104,9 @@ def sample_captions(source: Source) -> Iterator[str]:
 
 
 def _texts_of(source: Source, i: int) -> Sequence[str]:
-    said = [turn["value"].replace(MARK, " ").strip() for turn in turns_of(source, i)]
-    return said or captions_of(source, i)
+    """The captions of example i, or what is said in its conversation."""
+    captions = captions_of(source, i)
+    return captions or [turn["value"].replace(MARK, " ").strip() for turn in turns_of(source, i)]
 
 
 def train_data(

@@ -137,6 +137,12 @@ class TableSource:
             [text for column in self._layout.captions for text in captions_of(row.get(column), self.key(i))]
         )
 
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation of row i, without its images; none of a pair or a document. Raises BadRecord."""
+        if self._layout.kind != rows.CONVERSATIONS or not isinstance(self._rows[i], dict):
+            return []
+        return rows.turns_of(self._rows[i], self.key(i), self._layout)
+
     def __getitem__(self, i: int) -> Record:
         """Row i with its image's bytes. Raises BadRecord for a bad row or a missing image."""
         row, key = self._rows[i], self.key(i)
