@@ -217,13 +217,14 @@ def test_what_has_loss_is_the_answers_and_their_stops(tokenizer):
 def test_pieces_are_the_whole_where_nothing_joins_across_them(tokenizer):
     """The tokenizer's own ids of the whole string: what a model that others trained has seen."""
     backend = MAKERS[tokenizer]()
-    pieces = Pieces(backend)
-    for words in (("What?", "A cat."), ("What?", "Yes", "Sure?", "A", "S?", "cat AS Yes")):
+    backend.add_special_tokens(["<image>"])
+    pieces, image = Pieces(backend), backend.token_to_id("<image>")
+    for words in (("<image>\nWhat?", "A cat."), ("What?", "Yes", "Sure? <image>", "A", "S?", "cat AS Yes")):
         one = from_turns(turns(*words))
         whole = shown(render(one, TEMPLATES["v1"])).replace("{", "").replace("}", "")
-        got = encode(one, "v1", pieces, image_tokens=1, image_token_id=IMAGE, max_length=10_000)
+        got = encode(one, "v1", pieces, image_tokens=1, image_token_id=image, max_length=10_000)
         assert got.input_ids.tolist() == backend.encode(whole).ids
-        prompt = encode_prompt(one[:-1], "v1", pieces, image_tokens=1, image_token_id=IMAGE)
+        prompt = encode_prompt(one[:-1], "v1", pieces, image_tokens=1, image_token_id=image)
         np.testing.assert_array_equal(prompt, got.input_ids[: len(prompt)])
         assert got.loss_weights[len(prompt) :].all()
 
@@ -370,3 +371,16 @@ def test_one_more_token(tmp_path):
 
     hf = transformers.AutoTokenizer.from_pretrained(str(tmp_path / "b"))
     assert hf.convert_tokens_to_ids("<image>") == more.token_id("<image>")
+
+
+@pytest.mark.parametrize(("folder", "name"), [("llama2", "v1"), ("llama2", "llama_2"), ("qwen", "chatml")])
+def test_ids_of_real_tokenizers_are_those_of_the_whole_string(shared_path, folder, name):
+    words = text.with_token(text.load(shared_path("data/tokenizers") / folder, 64), "<image>")
+    image = words.token_id("<image>")
+    said = turns(
+        "<image>\nWhat are the things I should be cautious about?", "The weather, and 2 dogs.", "Sure?", "Yes"
+    )
+    one = from_turns(said)
+    whole = shown(render(one, TEMPLATES[name])).replace("{", "").replace("}", "")
+    got = encode(one, name, Pieces(words), image_tokens=1, image_token_id=image, max_length=900)
+    assert got.input_ids.tolist() == words.backend.encode(whole).ids

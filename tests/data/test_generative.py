@@ -5,16 +5,18 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from helpers import Memory, caption, encoded, memory, picture, tokenizer
+from helpers import Memory, caption, encoded, memory, picture, tokenizer, write_tar
 
 from vlmjax import config
 from vlmjax.data import augment, images, pieces, plan
 from vlmjax.data import recipe as recipes
 from vlmjax.data.conversation import from_caption, from_turns
+from vlmjax.data.formats import tar_writer
 from vlmjax.data.generative import QUESTIONS, Rows
 from vlmjax.data.mixture import Mixture, parts_of
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.record import Record
+from vlmjax.data.sources import open_source, turns_of
 from vlmjax.errors import BadRecord, DataError, RecipeError
 
 N, IMAGE, SEED, LENGTH = 4, 999, 3, 96
@@ -263,6 +265,35 @@ def test_captions_answer_questions(words):
         packed_rows = Rows(template, LENGTH * 2, N, IMAGE, images_per_row=4, packing=True, window=32)
         many = take(train(source, words, packed_rows, templates="so: {caption}"), 1)[0]
         assert many["segment_ids"].max() > 1
+
+
+def test_conversations_in_tars(words, tmp_path):
+    """As `convert` writes them, and with messages in a json beside the image; a pair among them."""
+    said = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "blue"}] * 2
+    with tar_writer.Writer(str(tmp_path / "a.tar")) as out:
+        for i in range(4):
+            out.write(Record(f"k{i}", encoded(picture(i)), (), {"conversations": said[: 4 - 2 * (i % 2)]}))
+    messages = [{"role": "user", "content": "<image>red?"}, {"role": "assistant", "content": "blue"}]
+    members = {"x.png": encoded(picture(1)), "x.json": json.dumps({"messages": messages}).encode()}
+    members |= {
+        "y.png": encoded(picture(2)),
+        "y.json": b'{"messages": [',
+        "z.png": encoded(picture(3)),
+        "z.txt": b"red",
+    }
+    write_tar(tmp_path / "b.tar", members)
+    source = open_source(f"{tmp_path}/a.tar,{tmp_path}/b.tar")
+    turns = [turns_of(source, i) if i != 5 else None for i in range(7)]
+    assert [len(t) for t in turns if t is not None] == [4, 2, 4, 2, 2, 0]
+    assert turns[4] == [{"from": "human", "value": "<image>red?"}, {"from": "gpt", "value": "blue"}]
+    for form in (PLAIN, PACKED):
+        data = train(source, words, form, batch_size=7 if form is PLAIN else 2, max_bad_share=1.0)
+        batch = take(data, 1)[0]
+        assert data.skips.by_reason["bad_json"] == 1 or form is PACKED
+        learned = [words.decode(ids[1:][weights > 0]) for ids, weights, _ in conversations(batch)]
+        assert set(" ".join(learned).split()) <= {"blue", "red", *"".join(QUESTIONS).lower().split()}
+    # Two images are named where one is: the record that says so is not used.
+    assert data.skips.by_reason["image_marks"] >= 1
 
 
 def test_restore_refuses_other_rows(words):

@@ -1,6 +1,7 @@
 """Conversations about images: messages of texts and images, and the pieces that a template makes of them."""
 
 import functools
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ from vlmjax.errors import BadRecord
 
 MARK, VIDEO_MARK = "<image>", "<video>"
 _MARKS = {MARK: "image", VIDEO_MARK: "video"}
+TALKS = ("conversations", "messages", "conversation")  # what rows call their turns
 ROLES = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system",
 }  # fmt: skip
@@ -111,6 +113,38 @@ def from_caption(caption: str, question: str = "", images: int = 1) -> Conversat
 def to_turns(conversation: Conversation) -> list[dict[str, str]]:
     """As a record's `extra["conversations"]` holds it: the inverse of `from_turns`."""
     return [{"from": _SPEAKERS[message.role], "value": message.text} for message in conversation]
+
+
+def is_messages(said: Any) -> bool:
+    """Whether turns are of Hugging Face's form, {"role", "content"}."""
+    return isinstance(said, (list, tuple)) and any(
+        isinstance(one, Mapping) and "role" in one for one in said[:1]
+    )
+
+
+def plain_turns(said: Any, key: str = "") -> list[dict[str, str]]:
+    """Turns of either form in LLaVA's, checked, their words as they are. Raises BadRecord as `from_turns` does."""
+    if is_messages(said):
+        return to_turns(from_messages(said, key))
+    speakers = (turn["from"] for turn in to_turns(from_turns(said, key)))
+    return [{"from": who, "value": turn["value"]} for who, turn in zip(speakers, said, strict=True)]
+
+
+def turns_in(extra: Mapping[str, Any], key: str = "") -> list[dict[str, str]]:
+    """The conversation among what a record knows besides: its own, or that in the json of a tar; none where none is.
+
+    Raises:
+        BadRecord: as `from_turns` does, or `bad_json`.
+    """
+    found = extra.get(TALKS[0])
+    if not found and any(name.encode() in extra.get("json", b"") for name in TALKS):
+        try:
+            body = json.loads(extra["json"])
+        except (ValueError, RecursionError) as error:
+            raise BadRecord("bad_json", key, str(error)) from error
+        named = (body.get(name) for name in TALKS) if isinstance(body, dict) else ()
+        found = next((said for said in named if isinstance(said, list)), None)
+    return plain_turns(found, key) if found else []
 
 
 def count(conversation: Iterable[Message], kind: str = "image") -> int:

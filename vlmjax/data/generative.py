@@ -197,7 +197,7 @@ class GenerativeExamples:
         Raises:
             BadRecord: it has neither, or its conversation is none.
         """
-        turns = record.extra.get("conversations")
+        turns = conversation.turns_in(record.extra, record.key)
         if turns:
             return conversation.from_turns(turns, record.key)
         return self._asked(record.captions, record.extra, 1, rng)

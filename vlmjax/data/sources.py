@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vlmjax.data.conversation import turns_in
 from vlmjax.data.formats import arrow, folder, kinds, parquet, tfds
 from vlmjax.data.formats.folder import Subset
 from vlmjax.data.pictures import image_header
@@ -132,12 +133,15 @@ def captions_of(source: Source, i: int) -> tuple[str, ...]:
 
 
 def turns_of(source: Source, i: int) -> list[dict[str, str]]:
-    """The conversation of example i as {"from", "value"}, none where it has none.
+    """The conversation of example i as {"from", "value"}, none where it has none. Raises BadRecord.
 
     Without its images where the source can tell them apart.
     """
     turns = getattr(source, "turns_at", None)
-    return turns(i) if callable(turns) else source[i].extra.get("conversations", [])
+    if callable(turns):
+        return turns(i)
+    record = source[i]
+    return turns_in(record.extra, record.key)
 
 
 def image_sizes(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:

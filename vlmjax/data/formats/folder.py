@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmjax.data.conversation import turns_in
 from vlmjax.data.formats import rows
 from vlmjax.data.formats.fields import IMAGE_EXTENSIONS, captions_of, parse_json, tidy
 from vlmjax.data.record import Record
@@ -297,7 +298,10 @@ class Subset:
     def turns_at(self, i: int) -> list[dict[str, str]]:
         """The conversation of row i, none where it has none."""
         turns, row = getattr(self._source, "turns_at", None), int(self._rows[i])
-        return turns(row) if turns else self._source[row].extra.get(rows.CONVERSATIONS, [])
+        if turns:
+            return turns(row)
+        record = self._source[row]
+        return turns_in(record.extra, record.key)
 
     def column(self, name: str) -> np.ndarray | None:
         """A column of the index of the source, where it has one."""

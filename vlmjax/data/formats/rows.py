@@ -16,8 +16,6 @@ from vlmjax.data.storage import files, shards
 from vlmjax.errors import BadRecord, DataError
 
 CONVERSATIONS = "conversations"
-# LLaVA's form, {"from", "value"}, and Hugging Face's, {"role", "content"}, each under either name.
-_TALKS = (CONVERSATIONS, "messages", "conversation")
 
 Row = Mapping[str, Any]
 Load = Callable[[Any, str], bytes | np.ndarray]
@@ -66,7 +64,7 @@ def find_layout(
     """
     wanted = [caption_columns] if isinstance(caption_columns, str) else list(caption_columns or ())
     key = _look_up(row, KEY_COLUMNS)
-    talk = next((name for name in _TALKS if isinstance(row.get(name), (list, tuple))), None)
+    talk = next((name for name in conversation.TALKS if isinstance(row.get(name), (list, tuple))), None)
     talk = talk or (CONVERSATIONS if CONVERSATIONS in row else None)
     if talk and not wanted:
         image = _column(where, row, [image_column], "an image", "image_column") if image_column else None
@@ -157,18 +155,7 @@ def _conversation(row: Row, key: str, layout: Layout, load: Load) -> Record:
 
 def turns_of(row: Row, key: str, layout: Layout) -> list[dict[str, str]]:
     """What is said in a row, of either form, in LLaVA's. Raises BadRecord, as `conversation.from_turns` does."""
-    said = row.get(layout.talk)
-    if _is_messages(said):
-        return conversation.to_turns(conversation.from_messages(said, key))
-    found = conversation.from_turns(said, key)
-    speakers = (turn["from"] for turn in conversation.to_turns(found))
-    return [{"from": who, "value": turn["value"]} for who, turn in zip(speakers, said, strict=True)]
-
-
-def _is_messages(said: Any) -> bool:
-    return isinstance(said, (list, tuple)) and any(
-        isinstance(one, Mapping) and "role" in one for one in said[:1]
-    )
+    return conversation.plain_turns(row.get(layout.talk), key)
 
 
 def _pictures(row: Row, layout: Layout) -> list[Any]:
@@ -182,7 +169,7 @@ def _pictures(row: Row, layout: Layout) -> list[Any]:
     said = row.get(layout.talk)
     parts = [
         part
-        for message in (said if _is_messages(said) else ())
+        for message in (said if conversation.is_messages(said) else ())
         if isinstance(message.get("content"), (list, tuple))
         for part in message["content"]
     ]
