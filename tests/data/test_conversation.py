@@ -276,6 +276,20 @@ def test_cutting():
             assert not whole.loss_weights[n:length].any()
 
 
+def test_nobody_learns_to_write_an_image():
+    one = from_turns(turns("Draw.", "Here: <image> A cat."))
+    assert shown(render(one, TEMPLATES["v1"])).endswith("ASSISTANT:{ Here: }<image>{ A cat.</s>}")
+    pieces, options = Pieces(byte_level()), {"image_tokens": 9, "image_token_id": IMAGE}
+    whole = encode(one, "v1", pieces, max_length=900, **options)
+    assert not whole.loss_weights[whole.input_ids == IMAGE].any()
+    at = whole.spans[0][0]
+    for length in range(at, at + 10):
+        got = encode(one, "v1", pieces, max_length=length, **options)
+        assert len(got.input_ids) == at and got.spans == ()
+    got = encode(one, "v1", pieces, max_length=at + 10, **options)
+    assert len(got.input_ids) == at + 10 and got.spans == whole.spans
+
+
 def test_images_that_do_not_fit():
     pieces = Pieces(byte_level())
     options = {"image_tokens": [2, 3], "image_token_id": IMAGE, "max_length": 500}

@@ -228,8 +228,7 @@ def encode(
     end, reason = (fits[0], "too_many_images") if fits else (whole, "too_long")
     if max_length < end:
         end, reason = max_length, "too_long"
-        end = next((at for at, n in spans if at < end < at + n), end)
-    end = _last(weights, end)
+    end = _last(weights, end)  # images have no loss, so this is never inside one
     if not end:
         raise BadRecord(reason, key, f"{whole} tokens and {len(spans)} images, no answer in what fits")
     return Encoded(
