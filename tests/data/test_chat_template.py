@@ -58,6 +58,16 @@ def test_the_opening_token_stands_once():
     assert again == got
 
 
+def test_tokens_are_those_of_the_vocabulary_not_of_a_role():
+    """A tokenizer whose closing token is another one than the template's `</s>`."""
+    backend = llama_like()
+    backend.add_special_tokens(["<|im_end|>"])
+    hf = with_template(backend, LLAMA.replace("eos_token", "'</s>'"))
+    hf.eos_token = "<|im_end|>"
+    got = encode(TWO[:2], "tokenizer", Pieces(hf), **OPTIONS).input_ids
+    assert got[-1] == 2 != hf.eos_token_id == encode(TWO[:2], "llama_2", Pieces(hf), **OPTIONS).input_ids[-1]
+
+
 def test_line_breaks_after_the_stop_have_no_loss():
     pieces = Pieces(with_template(byte_level(), CHATML))
     assert shown(rendered(TWO[:2], "tokenizer", pieces)) == (

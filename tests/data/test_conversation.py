@@ -86,7 +86,9 @@ def shown(segments: list[Segment]) -> str:
     """What a template writes, images as <image>, between { and } what has loss."""
     out = ""
     for has_loss, group in groupby(segments, key=lambda segment: segment.has_loss):
-        words = "".join(one.text if one.kind in ("text", "token") else f"<{one.kind}>" for one in group)
+        words = "".join(
+            one.text if one.kind in ("text", "token", "role") else f"<{one.kind}>" for one in group
+        )
         out += "{" + words + "}" if has_loss else words
     return out
 

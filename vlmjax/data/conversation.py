@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlmjax.data.conversation_templates import CONTROL, Template
+from vlmjax.data.conversation_templates import CLOSE, CONTROL, OPEN, Template
 from vlmjax.errors import BadRecord
 
 MARK, VIDEO_MARK = "<image>", "<video>"
@@ -46,9 +46,10 @@ class Segment(NamedTuple):
     """A piece of a rendered conversation.
 
     Attributes:
-        kind: "text", taken literally even where it looks like a control token; "token", a control token by its name
-            in the template; "image" or "video".
-        text: of a text or a token.
+        kind: "text", taken literally even where it looks like a control token; "token", a control token by its
+            entry in the vocabulary; "role", the tokenizer's opening or closing token, as `conversation_templates`
+            writes it; "image" or "video".
+        text: of a text, a token or a role.
         has_loss: whether the model learns to write it.
     """
 
@@ -277,7 +278,11 @@ def written(text: str, tokens: tuple[str, ...], has_loss: bool = False) -> list[
 
 
 def _written(text: str, has_loss: bool = False) -> list[Segment]:
-    return written(text, CONTROL, has_loss)
+    """The words of our own templates, in which two names stand for roles."""
+    return [
+        one._replace(kind="role") if one.kind == "token" and one.text in (OPEN, CLOSE) else one
+        for one in written(text, CONTROL, has_loss)
+    ]
 
 
 def joined(segments: Iterable[Segment]) -> list[Segment]:

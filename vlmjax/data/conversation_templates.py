@@ -5,10 +5,8 @@ from dataclasses import dataclass
 from vlmjax.errors import DataError
 
 OWN = "tokenizer"  # the name that stands for the tokenizer's own chat template
-OPEN, CLOSE = (
-    "<s>",
-    "</s>",
-)  # in a template: the opening and the closing token, whatever the tokenizer calls them
+# In these templates: the opening and the closing token, whatever a tokenizer calls them.
+OPEN, CLOSE = "<s>", "</s>"
 CONTROL = (OPEN, CLOSE, "<|im_start|>", "<|im_end|>")
 
 _CURIOUS = (

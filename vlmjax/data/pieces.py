@@ -1,5 +1,6 @@
 """From the pieces of a conversation to ids: one call of the tokenizer for each piece, its loss attached to it."""
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -113,25 +114,26 @@ class Pieces:
                 return ids[len(before) :]
         return self._whole(text.removeprefix(" "))
 
-    def token(self, name: str) -> int | None:
+    def token(self, segment: Segment) -> int | None:
         """The id of a control token of a template; None for one that the vocabulary lacks.
 
         Raises:
             DataError: the opening or closing token, where the tokenizer has none.
         """
-        known = {OPEN: self._bos, CLOSE: self.eos_token_id}
-        if name in known:
-            if known[name] is None:
-                raise DataError(
-                    f"the tokenizer has no token for {name!r}, which the template wants: choose another one"
-                )
-            return known[name]
-        return self._backend.token_to_id(name)
+        if segment.kind == "token":
+            return self._backend.token_to_id(segment.text)
+        found = {OPEN: self._bos, CLOSE: self.eos_token_id}[segment.text]
+        if found is None:
+            raise DataError(
+                f"the tokenizer has no token for {segment.text!r}, which the template wants: choose another one"
+            )
+        return found
 
     def readable(self, segments: Sequence[Segment]) -> list[Segment]:
         """The pieces with control tokens that the vocabulary lacks as plain text, joined with what is beside them."""
-        lacks = {s.text for s in segments if s.kind == "token" and self.token(s.text) is None}
-        return talk.joined(s._replace(kind="text") if s.text in lacks else s for s in segments)
+        return talk.joined(
+            s._replace(kind="text") if s.kind == "token" and self.token(s) is None else s for s in segments
+        )
 
     def template(self, name: str | Template) -> Template | None:
         """A template by its name, as this tokenizer can write it; None for the tokenizer's own.
@@ -152,8 +154,6 @@ class Pieces:
 
 @functools.lru_cache
 def _stopping(one: Template) -> Template:
-    import dataclasses
-
     return dataclasses.replace(one, stop=CLOSE)
 
 
@@ -161,7 +161,7 @@ def _parts_of(tokenizer: Any) -> tuple[Any, Any, tuple[int | None, int | None, i
     """The library's tokenizer, the one of transformers or None, and the ids of bos, eos, pad."""
     hf = getattr(tokenizer, "hf", None)
     if hasattr(tokenizer, "backend_tokenizer"):
-        tokenizer, hf = tokenizer, tokenizer
+        hf = tokenizer
     backend = (
         getattr(tokenizer, "backend_tokenizer", None) or getattr(tokenizer, "backend", None) or tokenizer
     )
@@ -293,8 +293,8 @@ def _laid(
     for segment in tokenizer.readable(segments):
         if segment.kind == "text":
             piece, place = tokenizer.encode(segment.text, place), "inside"
-        elif segment.kind == "token":
-            piece, place = [tokenizer.token(segment.text)], "after"
+        elif segment.kind in ("token", "role"):
+            piece, place = [tokenizer.token(segment)], "after"
         else:
             piece, place = [image_token_id] * counts[len(spans)], "after"
             spans.append((len(ids), len(piece)))

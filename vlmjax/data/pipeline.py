@@ -31,12 +31,14 @@ class _Work:
     """What decoding took since it was last asked."""
 
     batches: int = 0
+    records: int = 0
     seconds: float = 0.0
     bytes: int = 0
     truncated: int = 0
 
     def add(self, done: loader.Done) -> None:
         self.batches += 1
+        self.records += done.records
         self.seconds += done.seconds
         self.bytes += done.bytes_read
         self.truncated += done.truncated
@@ -241,13 +243,8 @@ class TrainData:
             raise DataError("rows are conversations, not pairs of an image and a text")
         return self._examples.text(record, step * self.batch_size + row)
 
-    @property
-    def images_per_batch(self) -> int:
-        """Rows of a batch that this host supplies."""
-        return len(self._rows)
-
     def work(self) -> dict[str, int | float]:
-        """Since the last call: batches, seconds of all threads, bytes read; and the batches that wait just now."""
+        """Since the last call: batches, records, seconds of all threads, bytes read; and the batches that wait now."""
         out, self._work = dataclasses.asdict(self._work), _Work()
         if self._batches is not None:
             out["queue"] = self._batches.waiting()
