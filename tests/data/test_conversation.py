@@ -389,14 +389,16 @@ def test_one_more_token(tmp_path):
     assert hf.convert_tokens_to_ids("<image>") == more.token_id("<image>")
 
 
-@pytest.mark.parametrize(("folder", "name"), [("llama2", "v1"), ("llama2", "llama_2"), ("qwen", "chatml")])
-def test_ids_of_real_tokenizers_are_those_of_the_whole_string(shared_path, folder, name):
+@pytest.mark.slow
+@pytest.mark.parametrize(("folder", "names"), [("llama2", ("v1", "llama_2")), ("qwen", ("chatml",))])
+def test_ids_of_real_tokenizers_are_those_of_the_whole_string(shared_path, folder, names):
     words = text.with_token(text.load(shared_path("data/tokenizers") / folder, 64), "<image>")
-    image = words.token_id("<image>")
+    image, pieces = words.token_id("<image>"), Pieces(words)
     said = turns(
         "<image>\nWhat are the things I should be cautious about?", "The weather, and 2 dogs.", "Sure?", "Yes"
     )
     one = from_turns(said)
-    whole = shown(render(one, TEMPLATES[name])).replace("{", "").replace("}", "")
-    got = encode(one, name, Pieces(words), image_tokens=1, image_token_id=image, max_length=900)
-    assert got.input_ids.tolist() == words.backend.encode(whole).ids
+    for name in names:
+        whole = shown(render(one, TEMPLATES[name])).replace("{", "").replace("}", "")
+        got = encode(one, name, pieces, image_tokens=1, image_token_id=image, max_length=900)
+        assert got.input_ids.tolist() == words.backend.encode(whole).ids

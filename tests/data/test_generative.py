@@ -296,6 +296,29 @@ def test_conversations_in_tars(words, tmp_path):
     assert data.skips.by_reason["image_marks"] >= 1
 
 
+def test_a_table_of_conversations_with_its_images(words, tmp_path):
+    said = [{"from": "human", "value": "<image>\nred?"}, {"from": "gpt", "value": "blue"}]
+    table = [{"id": str(i), "image": f"{i}.png", "conversations": said} for i in range(8)]
+    table[2]["image"] = "gone.png"
+    table[3].pop("image")
+    table[5] = {"id": "5", "conversations": [{"from": "human", "value": "round?"}, said[1]]}
+    table[6] = {
+        "id": "6",
+        "image": ["0.png", "1.png"],
+        "conversations": [{**said[0], "value": "<image>a<image>"}, said[1]],
+    }
+    for i in range(8):
+        (tmp_path / f"{i}.png").write_bytes(encoded(picture(i)))
+    (tmp_path / "llava.json").write_text(json.dumps(table))
+    for form in (PLAIN, PACKED):
+        source = open_source(str(tmp_path / "llava.json"))
+        data = train(source, words, form, batch_size=8 if form is PLAIN else 3, max_bad_share=1.0)
+        batches = take(data, 1 if form is PLAIN else 3)
+        assert set(data.skips.by_reason) == {"missing_file", "image_marks"}
+        used = sorted({len(pixels) for batch in batches for _, _, pixels in conversations(batch)})
+        assert used == [0, 1, 2] and data.skips.seen >= 8
+
+
 def test_restore_refuses_other_rows(words):
     data = train(talks(), words, PACKED)
     take(data, 2)

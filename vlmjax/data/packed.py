@@ -20,7 +20,7 @@ class PackedChunk(plan.Chunk):
         count: how many rows.
         row, first, length, segment: of each example: its row in the chunk, where it begins there, the tokens it has
             room for, and its number in the row, from 1.
-        after: where the next step begins.
+        after: where the next step begins; told by the last chunk of a batch, None from others.
     """
 
     count: int
@@ -28,7 +28,7 @@ class PackedChunk(plan.Chunk):
     first: np.ndarray
     length: np.ndarray
     segment: np.ndarray
-    after: Place
+    after: Place | None
 
     @property
     def rows(self) -> slice:
@@ -124,5 +124,5 @@ class PackedChunks:
             placed.start,
             placed.length,
             placed.segment,
-            self.packed.place(step + 1),
+            self.packed.place(step + 1) if part + 1 == self.chunks_per_batch else None,
         )
