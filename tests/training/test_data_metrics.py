@@ -8,8 +8,6 @@ from vlmjax.training import data_metrics
 class Data:
     """What `data_row` reads of TrainData."""
 
-    images_per_batch = 8
-
     def __init__(self, sources: int, batches: int = 5):
         """So many sources, of which the second has bad records."""
         parts = tuple(Part(f"s{i}", f"f{i}", 10, 1 / sources, i) for i in range(sources))
@@ -21,7 +19,8 @@ class Data:
 
     def work(self) -> dict:
         """Totals of some batches."""
-        return {"batches": self._batches, "seconds": 0.4, "bytes": 6_000_000, "truncated": 10, "queue": 1.5}
+        totals = {"seconds": 0.4, "bytes": 6_000_000, "truncated": 10, "queue": 1.5}
+        return {"batches": self._batches, "records": 8 * self._batches, **totals}
 
 
 def test_rates_are_of_the_interval(monkeypatch, caplog):

@@ -12,17 +12,17 @@ from vlmjax.data.pipeline import TrainData
 def data_row(data: TrainData, seconds: float) -> dict[str, Any]:
     """The columns of one logged line, over the last `seconds`; called by all processes together.
 
-    `data/decode_ms` is the work of the decoding threads per image, `data/megabytes_per_second` what was read encoded,
+    `data/decode_ms` is the work of the decoding threads per record, `data/megabytes_per_second` what was read encoded,
     `data/truncated_share` the share of texts that were cut, `data/queue` the batches that wait ready:
     each of this process. `skipped` counts the records of all processes that could not be used since the run was
     started; its parts are by reason and, with several sources, by source (both of this process), and by host.
     """
-    work, images = data.work(), data.images_per_batch
+    work = data.work()
     row: dict[str, Any] = {}
     if work["batches"] and seconds > 0:
-        row["data/decode_ms"] = 1000 * work["seconds"] / (work["batches"] * images)
+        row["data/decode_ms"] = 1000 * work["seconds"] / work["records"]
         row["data/megabytes_per_second"] = work["bytes"] / 1e6 / seconds
-        row["data/truncated_share"] = work["truncated"] / (work["batches"] * images)
+        row["data/truncated_share"] = work["truncated"] / work["records"]
     if "queue" in work:
         row["data/queue"] = work["queue"]
     skips = data.skips
