@@ -17,8 +17,8 @@ PATIENCE = 900  # seconds in which a run must get anywhere on a machine that has
 class Pair:
     """Both processes of a run; their output lies in `folder`."""
 
-    def __init__(self, folder, recipe, workdir, *arguments, processes=2, **env):
-        """Start them with further variables of the environment."""
+    def __init__(self, folder, recipe, workdir, *arguments, processes=2, devices=4, **env):
+        """Start so many processes with so many devices in all, and further variables of the environment."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             address = f"127.0.0.1:{probe.getsockname()[1]}"
@@ -35,7 +35,7 @@ class Pair:
                 child = subprocess.Popen(
                     [sys.executable, PROGRAM, f"--config={recipe}", f"--workdir={workdir}", *arguments],
                     cwd=tiny.ROOT,
-                    env=tiny.environment(devices=4 // processes) | FAST | variables | env,
+                    env=tiny.environment(devices=devices // processes) | FAST | variables | env,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )

@@ -1,11 +1,13 @@
 """Writes two checkpoints, or restores the newest good one, by any number of processes.
 
-`restore_program write FOLDER`, or `restore_program restore FOLDER OUT [READS_BADLY [SILENT]]`: the process with the
-number READS_BADLY cannot read checkpoint 2, the one with the number SILENT does not come to the vote about it.
+`restore_program write FOLDER`, or `restore_program restore FOLDER OUT [READS_BADLY [SILENT HOW]]`: the process with
+the number READS_BADLY cannot read checkpoint 2, the one with the number SILENT does not come to the vote about it,
+because it sleeps, or because it is stopped by a SIGSTOP.
 """
 
 import json
 import os
+import signal
 import sys
 import time
 from pathlib import Path
@@ -43,13 +45,13 @@ def write(folder, mesh):
     checkpoints.close()
 
 
-def restore(folder, out, mesh, reads_badly=-1, silent=-1):
+def restore(folder, out, mesh, reads_badly=-1, silent=-1, how=""):
     """Restore, write what this process got, and save one more."""
     me, read = jax.process_index(), reading.read_state
 
     def read_state(folder, step, abstract):
         if step == 2 and me == silent:
-            time.sleep(60)
+            os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(60)
         if step == 2 and me == reads_badly:
             raise reading.DamagedCheckpoint(f"{folder}/{step}: cannot be read here")
         return read(folder, step, abstract)
@@ -74,11 +76,11 @@ if __name__ == "__main__":
         if command == "write":
             write(folder, make_mesh())
         else:
-            who = list(map(int, rest[1:]))
+            who = list(map(int, rest[1:3]))
             if len(who) == 2:
                 vote.SECONDS = 3.0
                 restoring.restore_newest.__kwdefaults__["seconds"] = 3.0
-            restore(folder, rest[0], make_mesh(), *who)
+            restore(folder, rest[0], make_mesh(), *who, *rest[3:])
     except UserError as error:
         print(f"error: {error}", flush=True)
-        os._exit(1)  # an orderly end would wait for the silent one
+        os._exit(1)  # an orderly end would wait for the other

@@ -49,10 +49,12 @@ def test_one_process_cannot_read_what_the_other_can(written, tmp_path):
     assert "cannot be read here" in (tmp_path / "c" / "2.damaged" / "why.txt").read_text()
 
 
-def test_who_is_silent_is_named(written, tmp_path):
+@pytest.mark.parametrize("how", ["asleep", "stopped"])
+def test_who_is_silent_is_named(written, tmp_path, how):
+    """And waited for no longer: the other leaves without jax's own wait at the end of a process."""
     shutil.copytree(written, tmp_path / "c")
     began = time.monotonic()
-    output = run("restore", tmp_path / "c", tmp_path / "out", -1, 1, code=1)
+    output = run("restore", tmp_path / "c", tmp_path / "out", -1, 1, how, code=75)
     assert "error: restoring checkpoint 2: process 0 waited 3 s for process 1 of 2" in output
     assert time.monotonic() - began < 60
     assert (tmp_path / "c" / "2").is_dir()

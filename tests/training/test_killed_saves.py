@@ -36,7 +36,7 @@ def killed(folder, moment, after):
     return finished
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, capsys, kills):
     draw, place = random.Random(kills), replicated(make_mesh())
     abstract = {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=place)}}
@@ -49,7 +49,8 @@ def test_killed_at_random_moments(tmp_path, capsys, kills):
         assert data["step"] >= finished >= 1
         np.testing.assert_array_equal(state["params"]["w"], values(data["step"])["params"]["w"])
         assert capsys.readouterr().err == ""  # nothing was damaged
-    assert unfinished or kills < 10
+    print(f"{unfinished} of {kills} left a checkpoint half written")
+    assert unfinished >= kills // 5 or kills < 10
     writer = Checkpoints(str(tmp_path / "c"))
     writer.save(1000, {"params": {"w": jax.numpy.asarray(values(1000)["params"]["w"])}}, {"step": 1000}, {})
     writer.close()
