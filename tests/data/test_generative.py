@@ -5,12 +5,13 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import transformers
 from helpers import Memory, caption, encoded, memory, picture, tokenizer, write_tar
 
 from vlmjax import config
-from vlmjax.data import augment, images, pieces, plan
+from vlmjax.data import augment, images, pieces, plan, text
 from vlmjax.data import recipe as recipes
-from vlmjax.data.conversation import from_caption, from_turns
+from vlmjax.data.conversation import from_caption, from_turns, turns_in
 from vlmjax.data.formats import tar_writer
 from vlmjax.data.generative import QUESTIONS, Rows
 from vlmjax.data.mixture import Mixture, parts_of
@@ -284,6 +285,7 @@ def test_conversations_in_tars(words, tmp_path):
     write_tar(tmp_path / "b.tar", members)
     source = open_source(f"{tmp_path}/a.tar,{tmp_path}/b.tar")
     turns = [turns_of(source, i) if i != 5 else None for i in range(7)]
+    assert [turns_in(source[i].extra) for i in range(5)] == turns[:5]
     assert [len(t) for t in turns if t is not None] == [4, 2, 4, 2, 2, 0]
     assert turns[4] == [{"from": "human", "value": "<image>red?"}, {"from": "gpt", "value": "blue"}]
     for form in (PLAIN, PACKED):
@@ -357,6 +359,19 @@ def test_another_mixture_begins_with_a_window(words):
 def test_a_template_that_the_tokenizer_cannot_write_is_refused_at_once(words):
     with pytest.raises(DataError, match="no chat template"):
         train(talks(), words, Rows("tokenizer", LENGTH, N, IMAGE))
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=words.backend, eos_token="<|endoftext|>")
+    for template, fits in (
+        ("{% for m in messages %}{{ m['content'] }}{% endfor %}", True),
+        ("{{ x.y.z }}", False),
+    ):
+        hf.chat_template = template
+        if fits:
+            assert take(train(talks(), text._wrap(hf, 12), Rows("tokenizer", LENGTH, N, IMAGE)), 1)[0][
+                "valid"
+            ].any()
+            continue
+        with pytest.raises(DataError, match="chat template fails"):
+            train(talks(), text._wrap(hf, 12), Rows("tokenizer", LENGTH, N, IMAGE))
 
 
 def recipe(**changes):

@@ -3,17 +3,19 @@
 import base64
 import html.parser
 import io
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import caption, encoded, picture, write_tar
+from helpers import caption, encoded, picture, tokenizer, write_tar
 from PIL import Image
 
 from vlmjax.data import augment, inspect, mixture, pipeline
 from vlmjax.data import recipe as recipes
+from vlmjax.data.scenes import open_scenes
 from vlmjax.data.sources import open_sources, together
 
 # Of ml_collections, which reads recipes so.
@@ -165,3 +167,34 @@ def test_help_is_quick_and_imports_nothing_heavy():
     code = "import sys; from vlmjax.data import inspect; inspect.make_parser(); print(sorted(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert not {"jax", "numpy", "PIL", "transformers", "grain", "rich"} & set(eval(done.stdout))
+
+
+TALK = """
+from vlmjax import config
+
+def get_config(arg=""):
+    c = config.tiny(config.recipe())
+    c.stage, c.data.train, c.data.packing, c.data.images_per_row = "generative", "scenes:full:questions", True, 2
+    c.data.conversation.template, c.data.tokenizer = "mistral_instruct", "TOKENIZER"
+    return c
+"""
+
+
+def test_rows_of_conversations_are_shown_with_what_is_learned(tmp_path, capsys):
+    tokenizer(tmp_path / "words")
+    (tmp_path / "talk.py").write_text(TALK.replace("TOKENIZER", str(tmp_path / "words")))
+    inspect.main([f"--config={tmp_path / 'talk.py'}", "--show=3"])
+    lines, source = capsys.readouterr().out.splitlines(), open_scenes("scenes:full:questions")
+    heads = [n for n, line in enumerate(lines) if line.startswith("row ")]
+    assert [lines[n].split(":")[0] for n in heads] == ["row 0", "row 1", "row 2"]
+    keys = [key for n in heads for key in lines[n].split(" | ")[0].split(": ")[1].split()]
+    shown = [line for n, line in enumerate(lines) if n not in heads]
+    assert len(shown) == len(keys) > 3
+    for key, line in zip(keys, shown, strict=True):
+        turns = source.turns_at(int(key.rpartition("/")[2]))
+        found = [re.sub(r" ?<\|endoftext\|>", "", said).split() for said in re.findall(r"\{(.*?)\}", line)]
+        assert found == [turn["value"].split() for turn in turns[1::2]]
+        assert re.findall(r"\[image \d: (\d+)\]", line) == ["16"]
+    with pytest.raises(SystemExit) as caught:
+        inspect.main([f"--config={tmp_path / 'talk.py'}", "--show=1", f"--out={tmp_path / 'x.html'}"])
+    assert caught.value.code == 78 and "--out: pages are of pairs" in capsys.readouterr().err

@@ -99,7 +99,8 @@ class GenerativeExamples:
         """See `pipeline.TrainData`. Raises DataError where the template is not one of this tokenizer."""
         self.source, self.rows, self._generators = source, rows, plan.Generators(seed)
         self._transform, self._pieces = image_transform, pieces.Pieces(tokenizer)
-        self._pieces.template(rows.template)
+        # A template that cannot be used is a mistake of the recipe, not of every record.
+        pieces.rendered(conversation.from_caption("a", "q"), rows.template, self._pieces, system=rows.system)
         self._rule = CaptionRule.parse(captions, templates)
         self._needs_extra = bool(self._rule.templates)
         lazy = getattr(image_transform, "takes_jpegs", False)

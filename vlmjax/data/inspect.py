@@ -2,7 +2,8 @@
 
 Sources, mixture, order, captions, templates, crops, colours and tokens come from the recipe through the pipeline of
 training itself, so with a run's own --config and --config.key=value the page shows that run's rows. Without --config
-the recipe is vlmjax/config.py's defaults with the tokenizer bpe:1000. Only the rows shown are read.
+the recipe is vlmjax/config.py's defaults with the tokenizer bpe:1000. Only the rows shown are read. Rows of
+conversations (stage "generative") are printed with what the model learns to write between { and }.
 """
 
 import argparse
@@ -68,20 +69,22 @@ def read_recipe(options: argparse.Namespace, keys: Sequence[str]) -> Any:
 def run(options: argparse.Namespace, keys: Sequence[str] = ()) -> int:
     """Make the batch, print it, write the page. Returns how many of the rows cannot be used."""
     recipe = read_recipe(options, keys)
-    if recipe.stage != "contrastive":
-        raise RecipeError(
-            f"config.stage={recipe.stage!r}: only rows of 'contrastive' can be shown; for the same pictures and "
-            "captions add --config.stage=contrastive"
-        )
-
-    from vlmjax.data import page
-    from vlmjax.data.recipe import naming, open_tokenizer, open_train_sources, tokenizer_name, train_data
+    from vlmjax.data import page, page_talk
+    from vlmjax.data.recipe import (
+        generative_rows,
+        naming,
+        open_tokenizer,
+        open_train_sources,
+        special_tokens,
+        tokenizer_name,
+        train_data,
+    )
     from vlmjax.data.sources import together
 
     sources, shares = open_train_sources(recipe)
     source, name = together(sources), tokenizer_name(recipe)
     with naming("data.tokenizer"):
-        tokenizer = open_tokenizer(name, source, recipe.model.text.max_length)
+        tokenizer = open_tokenizer(name, source, recipe.model.text.max_length, special_tokens(recipe))
     batch_size = recipe.batch_size if options.config else min(recipe.batch_size, len(source))
     data = train_data(
         recipe,
@@ -98,6 +101,12 @@ def run(options: argparse.Namespace, keys: Sequence[str] = ()) -> int:
     )
     batch = next(data)
     data.close()
+    if recipe.stage == "generative":
+        if options.out:
+            raise RecipeError("--out: pages are of pairs; rows of conversations are shown on the terminal")
+        size = generative_rows(recipe, tokenizer, recipe.model.image.image_size).image_tokens
+        print("\n".join(page_talk.lines_of(batch, tokenizer, size)))
+        return int((~batch["valid"]).sum())
     rows = page.explain(batch, data, options.step, tokenizer)
     facts = {
         "recipe": options.config or "the defaults of vlmjax/config.py",

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from vlmjax.data.conversation import turns_in
 from vlmjax.data.formats import tar
 from vlmjax.data.formats.fields import (
     TEXT_EXTENSIONS,
@@ -199,6 +200,16 @@ class TarSource(IndexedShards):
         samples = self.samples(shard)
         codes, offsets, sizes = samples.members(at)
         return self._captions(shard, samples.key(at), _roles(codes, samples.extensions), offsets, sizes)
+
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation in the `.json` of sample i, none where none is; its image is not read. Raises BadRecord."""
+        shard, at = self.place(i)
+        samples = self.samples(shard)
+        key, (codes, offsets, sizes) = samples.key(at), samples.members(at)
+        json = _roles(codes, samples.extensions).json
+        if json is None:
+            return []
+        return turns_in({"json": self._shards.read(shard, offsets[json], sizes[json], key)}, key)
 
     def _captions(
         self, shard: int, key: str, roles: "_Roles", offsets: list[int], sizes: list[int]
