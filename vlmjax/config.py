@@ -37,6 +37,14 @@ DECODER_SHARDING = (
     (r".*", ()),
 )
 
+# A tower, a bridge and a language model: each by its own rules.
+VLM_SHARDING = (
+    *((f"vision_model/{rule}", places) for rule, places in TOWER_SHARDING[:-2]),
+    *((f"language_model/{rule}", places) for rule, places in DECODER_SHARDING[:-1]),
+    (r"bridge/linear_\d+/kernel", (None, "fsdp")),
+    (r".*", ()),
+)
+
 
 def duration(
     steps: int | None = None, examples: int | None = None, epochs: float | int | None = None
@@ -149,6 +157,28 @@ def recipe() -> Config:
         }
     )
     c.model.projection_dim = 512
+    # What follows is for stage "generative": a tower, a bridge and a language model (models/vlm.py).
+    c.model.image_from = (
+        ""  # HF folder or id whose image tower is taken, in place of model.image but its image_size
+    )
+    c.model.language_from = ""  # HF folder or id of the language model, in place of model.language
+    c.model.bridge = Config({"kind": "mlp", "depth": 2, "activation": "gelu"})  # linear | mlp | identity
+    c.model.feature_layers = (
+        -2,
+    )  # hidden states of the tower that the bridge reads; -2: after the last but one
+    c.model.keep_class = False  # whether the class token is among the features
+    c.model.language = Config(
+        {
+            "width": 512,
+            "depth": 8,
+            "heads": 8,
+            "kv_heads": 8,  # heads of keys and values; divides heads
+            "mlp_dim": 1376,
+            "vocab_size": 0,  # 0 = that of the tokenizer
+            "rope_theta": 10000.0,
+            "tied": True,  # whether the head is the token embedding
+        }
+    )
     c.model.dtype = (
         "auto"  # compute dtype: auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32
     )
@@ -175,6 +205,10 @@ def recipe() -> Config:
     c.loss.queue = 0  # keys kept from earlier batches, a multiple of batch_size; needs momentum
     c.loss.soft_targets = (
         0.0  # share of the average's own similarities in the targets (ALBEF); needs momentum
+    )
+
+    c.loss.z_loss = (
+        0.0  # generative: coefficient of log sum exp(scores) squared, e.g. 1e-4 (PaLM, 2204.02311)
     )
 
     c.data = Config()
@@ -243,37 +277,10 @@ def recipe() -> Config:
 
 
 def tiny(c: Config) -> Config:
-    """The same recipe at a size that trains on a laptop's CPU in about a minute, on the built-in scenes."""
-    c.batch_size = 64
-    c.micro_batches = min(c.micro_batches, 2)
-    c.total = duration(steps=60)
-    c.init_from = ""
-    c.log_every = 5
-    c.eval_every, c.report_every = duration(), duration()
-    c.checkpoint.every = duration(steps=30)
-    c.model.image.update(
-        {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "image_size": 32, "patch_size": 8}
-    )
-    c.model.text.update(
-        {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32}
-    )
-    c.model.projection_dim = 32
-    c.loss.queue = min(c.loss.queue, 2 * c.batch_size)
-    c.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
-    c.data.train = "scenes"
-    c.data.tokenizer = "bpe:640"
-    c.data.max_length = min(c.data.max_length, 256)
-    c.optimizer.learning_rate = 2e-3
-    c.optimizer.warmup = duration(steps=10)
-    c.optimizer.cooldown = duration()
-    c.evals = Config(
-        {
-            "zeroshot": evaluation("zeroshot", "scenes:heldout:class", examples=256),
-            "retrieval": evaluation("retrieval", "scenes:heldout", examples=256),
-        }
-    )
-    c.checkpoint.best_metric = ""
-    return c
+    """The same recipe at a size that trains on a laptop's CPU in minutes, on the built-in scenes."""
+    from vlmjax import config_tiny
+
+    return config_tiny.tiny(c)
 
 
 def choose(c: Config, arg: str, **forms) -> Config:

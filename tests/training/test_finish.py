@@ -41,7 +41,9 @@ def test_pairs_of_a_batch_are_compared_where_nothing_else_is(tmp_path, monkeypat
     params = jax.jit(lambda: init_params(model, 0), out_shardings=replicated(mesh))()
     state = TrainState(step=0, params=params, frozen={}, opt_state=(), ema={}, extra={})
     rows = [1000, 5, 77, 3]
-    Evaluations(recipe, model, tokenizer, mesh, workdir).compare(state, Damaged(source, np.array(rows)))
+    Evaluations(recipe, model, tokenizer, mesh, workdir).compare(
+        state, lambda: Damaged(source, np.array(rows))
+    )
     path = tmp_path / "report" / "similarity.npz"
     assert path.exists() is not bool(evals)
     if evals:

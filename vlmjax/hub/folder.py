@@ -70,6 +70,7 @@ def load(
     compute_dtype: str | None = None,
     shardings: Shardings | None = None,
     architecture: str | None = None,
+    part: str | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Open a Hugging Face folder as `(model, params)`, to call as `model.apply({"params": params}, ...)`.
 
@@ -86,12 +87,13 @@ def load(
             device.
         architecture: read the folder as this class; a tower can be cut out of a larger model, as
             CLIPVisionModel out of CLIPModel. By default what config.json says.
+        part: `image` reads the image tower of whatever the folder holds, as ClipVision.
 
     Raises:
         HubError: the folder or id is not there, holds no safetensors or another architecture, asks for
             something the model does not do, or has missing, left-over or ill-shaped tensors (all listed).
     """
-    path, family, left_behind, model = _open(folder, architecture, compute_dtype or dtype)
+    path, family, left_behind, model = _open(folder, architecture, compute_dtype or dtype, part)
     expected = abstract_params(family, model)
     places = shardings(expected) if callable(shardings) else shardings
     weights = safetensors.open_folder(path)
@@ -117,13 +119,13 @@ def load(
     }
 
 
-def load_model(folder: str | os.PathLike[str]) -> nn.Module:
-    """Return the module that `load(folder)` gives, from config.json alone: no weights are read.
+def load_model(folder: str | os.PathLike[str], part: str | None = None) -> nn.Module:
+    """Return the module that `load(folder, part=part)` gives, from config.json alone: no weights are read.
 
     Raises:
         HubError: the folder or id is not there, or holds another architecture or one that we do not do.
     """
-    return _open(folder, None, "float32")[-1]
+    return _open(folder, None, "float32", part)[-1]
 
 
 def save(
@@ -222,11 +224,13 @@ def abstract_params(family: Family, model: nn.Module) -> dict[str, Any]:
 
 
 def _open(
-    folder: str | os.PathLike[str], architecture: str | None, compute_dtype: str
+    folder: str | os.PathLike[str], architecture: str | None, compute_dtype: str, part: str | None = None
 ) -> tuple[Path, Family, tuple[str, ...], nn.Module]:
     """Return where a folder is, the family to read it as, which tensors stay behind, and its module."""
     path = locate(folder)
     config = read_config(path)
+    if part is not None:
+        architecture = _tower_in(config, path)
     family, left_behind = _family(config, architecture, path)
     model = _with_compute(_build(family, config, path), _known(compute_dtype, "compute_dtype"))
     return path, family, left_behind, model
@@ -247,6 +251,17 @@ def _family(config: Mapping[str, Any], wanted: str | None, path: Path) -> tuple[
     if found not in family.within:
         raise HubError(f"{path}: holds {found}, which cannot be read as {wanted}; leave out `architecture`")
     return family, family.within[found]
+
+
+def _tower_in(config: Mapping[str, Any], path: Path) -> str:
+    """Return the class of the image tower that a folder holds, alone or within a larger model."""
+    kind = str(config.get("model_type"))
+    for prefix, tower in (("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")):
+        if kind in (prefix, f"{prefix}_vision_model"):
+            return tower
+    raise HubError(
+        f"{path}: model_type {kind!r} has no image tower that can be taken alone; supported: clip, siglip"
+    )
 
 
 def _only_part_of(found: str) -> str | None:

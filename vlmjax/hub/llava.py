@@ -16,7 +16,7 @@ from vlmjax.hub.table import Names, Row, linear
 from vlmjax.models.bridges import BridgeConfig
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.vit import VitConfig
-from vlmjax.models.vlm import Vlm, VlmConfig
+from vlmjax.models.vlm import Vlm, VlmConfig, example_inputs
 from vlmjax.ops.activations import ACTIVATIONS
 
 DEFAULTS = {
@@ -174,11 +174,7 @@ LLAVA = Family(
             r"language_model\.model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq",
         ),
     ),
-    inputs=lambda m: {
-        "method": "causal_lm",
-        "input_ids": np.full((1, 1), m.config.image_token_id, np.int32),
-        "pixel_values": np.zeros((1, 1, *m.config.image.image_shape, 3), np.float32),
-    },
+    inputs=lambda m: example_inputs(m.config),
     within={},
     processor="LlavaProcessor",
     copies=lambda m: {_HEAD: _TABLE} if m.config.text.tied else {},

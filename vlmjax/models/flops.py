@@ -1,12 +1,15 @@
 """How many floating-point operations a forward pass needs, for reporting utilisation (MFU)."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import ClipConfig
+from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
+from vlmjax.models.vlm import VlmConfig
 
 
 def forward_flops(
@@ -48,6 +51,43 @@ def train_flops(config: ClipConfig, batch: int, *, locked: Sequence[str] = ()) -
     """
     total = 3 * forward_flops(config, batch, train=True)
     return total - 2 * sum(forward_flops(getattr(config, tower), batch, train=True) for tower in locked)
+
+
+def decoder_flops(config: DecoderConfig, length: int) -> int:
+    """Count the forward pass of one row of `length` tokens through a decoder, head included.
+
+    Per token and layer 4 W H (q and out, H = heads x head_dim), 4 W K (k and v), 6 or 4 W M (gated or plain MLP) and
+    4 T H (scores and mixing; the causal mask is not deducted). The head 2 W V.
+    """
+    queries, keys = config.heads * config.head_dim, config.kv_heads * config.head_dim
+    mlp = (6 if config.gated else 4) * config.width * config.mlp_dim
+    layer = 4 * config.width * (queries + keys) + mlp + 4 * length * queries
+    head = 2 * (config.embed_dim or config.width) * config.vocab_size
+    return length * (config.depth * layer + head)
+
+
+def vlm_train_flops(
+    config: VlmConfig, batch: int, *, length: int, slots: int, trained: Sequence[str] = ()
+) -> int:
+    """Count a training step over rows of `length` tokens with `slots` images each.
+
+    A part that is trained costs three forward passes; one that is not, but lies above one that is, two; else one.
+    """
+    patches = math.prod(config.image.grid)
+    tokens = patches + config.image.class_token
+    tower = slots * (
+        2 * patches * 3 * config.image.patch_size**2 * config.image.width + _blocks(config.image, tokens)
+    )
+    widths = [config.image.width * len(config.feature_layers)] + [
+        config.text.width
+    ] * config.bridge.projections
+    bridge = slots * patches * sum(2 * a * b for a, b in itertools.pairwise(widths))
+    parts = {"vision_model": tower, "bridge": bridge, "language_model": decoder_flops(config.text, length)}
+    total, below = 0, False
+    for name, forward in parts.items():
+        total += forward * (3 if name in trained else 2 if below else 1)
+        below = below or name in trained
+    return batch * total
 
 
 def _blocks(config: VitConfig | TextConfig | BertConfig, tokens: int) -> int:

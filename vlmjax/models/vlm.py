@@ -84,12 +84,19 @@ class Vlm(nn.Module):
             features = features[:, 1:]
         return self.bridge(features)
 
-    def embed(self, input_ids: Ids, pixel_values: Pixels | None = None) -> Float[Array, "batch tokens width"]:
+    def embed(
+        self,
+        input_ids: Ids,
+        pixel_values: Pixels | None = None,
+        image_index: Int[Array | np.ndarray, "batch tokens"] | None = None,
+    ) -> Float[Array, "batch tokens width"]:
         """Embeddings of a text whose placeholders are replaced by the features of its row's images, in order.
 
         Args:
           input_ids: with `config.image_tokens` placeholders for each image.
           pixel_values: normalised images. Slots that no placeholder asks for are computed and not looked at.
+          image_index: which of the row's features, laid end to end, each token becomes; -1 for a word. By default the
+            n-th placeholder becomes the n-th one.
 
         Returns:
           Embeddings; NaN for placeholders beyond a row's images (see `check_placeholders`, before compilation).
@@ -101,7 +108,9 @@ class Vlm(nn.Module):
         batch, slots = pixel_values.shape[:2]
         features = self.image_features(pixel_values.reshape(batch * slots, *pixel_values.shape[2:]))
         features = features.reshape(batch, slots * features.shape[1], features.shape[2])
-        return place(words, features, ids == self.config.image_token_id)
+        if image_index is None:
+            image_index = placeholder_index(ids == self.config.image_token_id)
+        return place(words, features, jnp.asarray(image_index))
 
     def __call__(
         self,
@@ -133,21 +142,23 @@ class Vlm(nn.Module):
         hidden, _ = self(embeddings, positions=text_positions(mask), segment_ids=segments)
         return self.logits(hidden)
 
-    def init_all(self, input_ids: Ids, pixel_values: Pixels) -> Any:
-        """Touch every parameter: what `init` is to be called with."""
-        return self.causal_lm(input_ids, None, pixel_values)
-
 
 def place(
     words: Float[Array, "batch tokens width"],
     features: Float[Array, "batch features width"],
-    is_image: Bool[Array, "batch tokens"],
+    index: Int[Array, "batch tokens"],
 ) -> Float[Array, "batch tokens width"]:
-    """The n-th placeholder of a row becomes the row's n-th feature."""
-    index = jnp.cumsum(is_image.astype(jnp.int32), axis=1) - 1
-    index = jnp.where(is_image, index, 0)[..., None]
-    chosen = jnp.take_along_axis(features, index, axis=1, mode="fill", fill_value=jnp.nan)
-    return jnp.where(is_image[..., None], chosen.astype(words.dtype), words)
+    """Words, and in the place of those with an index of at least 0 that feature of their row; NaN beyond the last."""
+    is_image = (index >= 0)[..., None]
+    chosen = jnp.take_along_axis(
+        features, jnp.maximum(index, 0)[..., None], axis=1, mode="fill", fill_value=jnp.nan
+    )
+    return jnp.where(is_image, chosen.astype(words.dtype), words)
+
+
+def placeholder_index(is_image: Bool[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:
+    """0, 1, 2, ... on the placeholders of each row, -1 elsewhere."""
+    return jnp.where(is_image, jnp.cumsum(is_image.astype(jnp.int32), axis=1) - 1, -1)
 
 
 def check_placeholders(config: VlmConfig, input_ids: np.ndarray, images: np.ndarray) -> None:
@@ -195,3 +206,12 @@ def deal(config: VlmConfig, input_ids: np.ndarray, pixel_values: np.ndarray) -> 
     for row, (count, end) in enumerate(zip(whole, np.cumsum(whole), strict=True)):
         out[row, :count] = pixel_values[end - count : end]
     return out
+
+
+def example_inputs(config: VlmConfig) -> dict[str, Any]:
+    """What `Vlm(config).init` needs to make all parameters."""
+    return {
+        "method": "causal_lm",
+        "input_ids": np.full((1, 1), config.image_token_id, np.int32),
+        "pixel_values": np.zeros((1, 1, *config.image.image_shape, 3), np.float32),
+    }

@@ -14,7 +14,6 @@ from vlmjax.data import text
 from vlmjax.errors import DataError, RecipeError, UserError
 from vlmjax.losses.choice import choose
 from vlmjax.losses.contrastive import info_nce
-from vlmjax.models import flops
 from vlmjax.sharding.mesh import batch_sharding, batch_shards, check_batch_size, make_mesh, replicated
 from vlmjax.training import build
 from vlmjax.training.compile import compiler_options, make_program
@@ -78,9 +77,6 @@ def train_subject(recipe: Config, devices: Sequence[Any], title: str, examples: 
     model = build.make_model(recipe, vocabulary(recipe))
     program = make_program(recipe, model, mesh, schedule)
     params = program.state.params
-    locked = [
-        name for name, tree in (("image", "vision_model"), ("text", "text_model")) if tree not in params
-    ]
     return Subject(
         title=title,
         step=program.step,
@@ -88,7 +84,7 @@ def train_subject(recipe: Config, devices: Sequence[Any], title: str, examples: 
         mesh=mesh,
         batch_size=recipe.batch_size,
         unit=batch_shards(mesh) * recipe.micro_batches,
-        flops=flops.train_flops(model.config, recipe.batch_size, locked=locked),
+        flops=program.stage.train_flops(recipe.batch_size, params),
         formula=STEP_FORMULA,
         parameters=count(params) + count(program.state.frozen),
         trainable=count(params),

@@ -16,8 +16,9 @@ from vlmjax.errors import RecipeError
 from vlmjax.losses.choice import Choice, choose
 from vlmjax.losses.contrastive import Memory, Teacher, info_nce, make_terms
 from vlmjax.losses.sigmoid import sigmoid
+from vlmjax.models import flops
 from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Stage
+from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage
 
 
 class Contrastive(Stage):
@@ -68,6 +69,23 @@ class Contrastive(Stage):
     def describe(self) -> str:
         """One line for the start of a run: the loss, and what computing it takes."""
         return f"{self.loss_config['kind']} from {self.feature_dtype} features, {self.choice.describe()}"
+
+    def batch_shapes(self) -> Shapes:
+        """Arrays of data/examples.py."""
+        tokens = (self.model.config.text.max_length,)
+        return {
+            "pixel_values": ((*self.model.config.image.image_shape, 3), jnp.uint8),
+            "input_ids": (tokens, jnp.int32),
+            "attention_mask": (tokens, jnp.int32),
+            "caption_id": ((), jnp.uint32),
+            "valid": ((), jnp.bool_),
+        }
+
+    def train_flops(self, batch_size: int, trained: Params) -> int:
+        """Model FLOPs of a step: see models/flops.py."""
+        towers = {"image": "vision_model", "text": "text_model"}
+        locked = [tower for tower, group in towers.items() if group not in trained]
+        return flops.train_flops(self.model.config, batch_size, locked=locked)
 
     def with_own_params(self, params: Params) -> Params:
         """The model's parameters and, for the sigmoid, the bias of its logits: an imported one, or as it starts."""

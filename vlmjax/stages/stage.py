@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Extra = Mapping[str, Any]
+Shapes = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row, and the dtype
 
 
 class Stage:
@@ -21,6 +22,10 @@ class Stage:
 
     model: nn.Module
     frozen: tuple[str, ...] = ()  # regexes on paths of parameters that this stage does not train
+    frozen_dtype: str = "float32"  # in which parameters that are not trained are kept
+    # Whether the loss of a batch is the sum of those of its parts, once `total_weight` is known; then micro-batches
+    # need no second forward pass. Metrics are sums over that weight as well.
+    decomposes: bool = False
 
     def with_own_params(self, params: Params) -> Params:
         """The model's parameters and those that the loss adds."""
@@ -29,6 +34,18 @@ class Stage:
     def describe(self) -> str:
         """One line for the start of a run: the loss, and what computing it takes."""
         return type(self).__name__.lower()
+
+    def batch_shapes(self) -> Shapes:
+        """Shape of a row and dtype of every array of a batch."""
+        raise NotImplementedError
+
+    def train_flops(self, batch_size: int, trained: Params) -> int:
+        """Model FLOPs of a step of which only `trained`, by its top-level groups, gets a gradient."""
+        raise NotImplementedError
+
+    def total_weight(self, batch: Batch) -> Array:
+        """What the loss of a stage that `decomposes` is divided by; its parts find it in `batch["total_weight"]`."""
+        raise NotImplementedError
 
     def encode(self, params: Params, batch: Batch, rng: PRNGKeyArray) -> dict[str, Array]:
         """Features of a batch or micro-batch, each [rows, ...], through which gradients flow."""

@@ -5,7 +5,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,10 @@ from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
+from vlmjax.models.vlm import Vlm, VlmConfig
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import replicated
+from vlmjax.training import vlm_parts
 from vlmjax.training.workdir import Workdir
 
 POSITIONS = "vision_model/embeddings/position_embedding"
@@ -38,7 +40,7 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
     Raises:
       RecipeError: where it cannot be read, or the folder holds a run with another one.
     """
-    folder, length = workdir.path("tokenizer"), recipe.model.text.max_length
+    folder, length = workdir.path("tokenizer"), text_length(recipe)
     name, before = tokenizer_name(recipe), _tokenizer_of(workdir)
     begun = workdir.has_checkpoints()
     # Without a checkpoint the run begins anew, perhaps with other data: then "bpe:N" is learned from them.
@@ -59,6 +61,11 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
     return text.load(str(folder), length)
 
 
+def text_length(recipe: Any) -> int:
+    """Tokens that a text of a recipe may have."""
+    return recipe.data.max_length if recipe.stage == "generative" else recipe.model.text.max_length
+
+
 def _tokenizer_of(workdir: Workdir) -> str:
     """The tokenizer of the run that began in this folder; one left by a run that ended before it began is not used."""
     path = workdir.path("recipe.json")
@@ -76,12 +83,15 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     )
 
 
-def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip:
-    """The model of a recipe, without parameters.
+def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm:
+    """The model of a recipe, without parameters: what its stage trains.
 
     With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
     the recipe keeps deciding image size, patch dropout, compute dtype and remat.
     """
+    if recipe.stage == "generative":
+        compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
+        return Vlm(vlm_parts.vlm_config(recipe, tokenizer, compute))
     if not recipe.init_from:
         return Clip(clip_config(recipe, tokenizer))
     from vlmjax import hub
@@ -99,8 +109,16 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip:
     return Clip(config)
 
 
-def import_params(recipe: Any, model: Clip, places: Any) -> Any:
-    """The parameters that `recipe.init_from` holds, every device reading its own part of the files.
+def imported(recipe: Any) -> dict[str, str]:
+    """Which top-level groups of parameters a recipe imports, and from where."""
+    if recipe.stage == "generative":
+        return vlm_parts.imported(recipe)
+    groups = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
+    return dict.fromkeys(groups, recipe.init_from) if recipe.init_from else {}
+
+
+def import_params(recipe: Any, model: Clip | Vlm, places: Any, fresh: Callable[[], Any]) -> Any:
+    """The parameters that a recipe imports, every device reading its own part of the files; new ones for the rest.
 
     At another image size than the folder's, position embeddings are resampled to the new grid, once and for all.
 
@@ -108,8 +126,12 @@ def import_params(recipe: Any, model: Clip, places: Any) -> Any:
       recipe: with `init_from`.
       model: from `make_model`.
       places: nested dict with the sharding of every parameter of `model`.
+      fresh: () -> random parameters of the whole model, traceable.
     """
     from vlmjax import hub
+
+    if isinstance(model, Vlm):
+        return vlm_parts.import_parts(recipe, model, places, fresh)
 
     flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
     with naming("init_from"):
@@ -203,15 +225,19 @@ def _check_end(words: TextConfig | BertConfig, tokenizer: text.Tokenizer, name: 
         )
 
 
-def model_to_json(config: ClipConfig) -> dict[str, Any]:
+def model_to_json(config: ClipConfig | VlmConfig) -> dict[str, Any]:
     """A model config as json, for `workdir/model.json`."""
+    if isinstance(config, VlmConfig):
+        return vlm_parts.to_json(config)
     kind = "bert" if isinstance(config.text, BertConfig) else "clip"
     value = dataclasses.asdict(config)
     return {**value, "text": {"kind": kind, **value["text"]}}
 
 
-def model_from_json(value: Mapping[str, Any]) -> Clip:
+def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm:
     """Inverse of `model_to_json`, as a module."""
+    if value.get("kind") == "vlm":
+        return vlm_parts.from_json(value)
     words = dict(value["text"])
     tower = {"bert": BertConfig, "clip": TextConfig}[words.pop("kind")]
     image = dict(value["image"])
@@ -220,7 +246,7 @@ def model_from_json(value: Mapping[str, Any]) -> Clip:
     return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
 
 
-def read_run(folder: Workdir) -> tuple[Config, Clip]:
+def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm]:
     """The recipe of the run in a folder, and its model. Raises CheckpointError where it is not that of a run."""
     for name in ("recipe.json", "model.json"):
         if not folder.path(name).exists():

@@ -11,15 +11,18 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
+from vlmjax.models.layers import DTYPES
+from vlmjax.models.vlm import Vlm, example_inputs
 from vlmjax.sharding.mesh import batch_sharding
 from vlmjax.sharding.peers import barrier
 from vlmjax.stages.contrastive import Contrastive
+from vlmjax.stages.generative import Generative
 from vlmjax.stages.stage import Stage
 from vlmjax.training.optimizer import make_optimizer
 from vlmjax.training.state import TrainState, make_state, split, state_shardings
 from vlmjax.training.step import make_train_step
 
-STAGES = {"contrastive": Contrastive}
+STAGES = {"contrastive": Contrastive, "generative": Generative}
 Tree = Any
 
 
@@ -47,7 +50,8 @@ def make_program(recipe: Any, model: Any, mesh: Mesh, schedule: optax.Schedule) 
 
     def make(params: Tree) -> TrainState:
         whole = stage.with_own_params(params)
-        return make_state(whole, frozen, optimizer, bool(recipe.ema.decay), stage.init_extra)
+        ema = bool(recipe.ema.decay)
+        return make_state(whole, frozen, optimizer, ema, stage.init_extra, DTYPES[stage.frozen_dtype])
 
     abstract = jax.eval_shape(make, shapes)
     places = state_shardings(abstract, recipe.sharding, mesh)
@@ -64,7 +68,7 @@ def make_program(recipe: Any, model: Any, mesh: Mesh, schedule: optax.Schedule) 
     step = jax.jit(
         step, donate_argnums=0, out_shardings=(places, None), compiler_options=compiler_options(mesh)
     )
-    return Program(stage, step, state, abstract_batch(model, recipe.batch_size, mesh), make)
+    return Program(stage, step, state, abstract_batch(stage, recipe.batch_size, mesh), make)
 
 
 def compiled(program: Program, state: TrainState, batch: Mapping) -> Callable:
@@ -88,36 +92,31 @@ def check_heads(config: Any, mesh: Mesh) -> None:
     """Raise RecipeError unless every tower's heads can be dealt out evenly along `tensor`."""
     parts = mesh.shape["tensor"]
     for name, tower in (("image", config.image), ("text", config.text)):
-        if tower.heads % parts:
-            fits = [n for n in range(1, tower.heads + 1) if tower.heads % n == 0]
+        heads = getattr(tower, "kv_heads", tower.heads)
+        if heads % parts:
+            fits = [n for n in range(1, heads + 1) if heads % n == 0]
             raise RecipeError(
-                f"config.mesh.tensor={parts} does not divide the {tower.heads} heads of the {name} tower "
+                f"config.mesh.tensor={parts} does not divide the {heads} heads of the {name} tower "
                 f"(config.model.{name}.heads): choose one of {', '.join(map(str, fits))}"
             )
 
 
 def init_params(model: Any, seed: int) -> Tree:
-    """Random fp32 parameters of a dual encoder, a function of the seed alone."""
+    """Random fp32 parameters of a model, a function of the seed alone."""
     config = model.config
+    if isinstance(model, Vlm):
+        return model.init(jax.random.key(seed), **example_inputs(config))["params"]
     pixels = jnp.zeros((1, *config.image.image_shape, 3), jnp.float32)
     ids = jnp.zeros((1, config.text.max_length), jnp.int32)
     return model.init(jax.random.key(seed), pixels, ids, attention_mask=jnp.ones_like(ids))["params"]
 
 
-def abstract_batch(model: Any, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+def abstract_batch(stage: Stage, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the arrays that data/pipeline.py makes, on the mesh."""
-    tokens = (model.config.text.max_length,)
-    shapes = {
-        "pixel_values": ((*model.config.image.image_shape, 3), jnp.uint8),
-        "input_ids": (tokens, jnp.int32),
-        "attention_mask": (tokens, jnp.int32),
-        "caption_id": ((), jnp.uint32),
-        "valid": ((), jnp.bool_),
-    }
     rows = batch_sharding(mesh)
     return {
         name: jax.ShapeDtypeStruct((batch_size, *shape), dtype, sharding=rows)
-        for name, (shape, dtype) in shapes.items()
+        for name, (shape, dtype) in stage.batch_shapes().items()
     }
 
 

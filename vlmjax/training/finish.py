@@ -1,6 +1,7 @@
 """What a run leaves beside its checkpoints: evaluations, what the report shows, the report and the export."""
 
 import platform
+from collections.abc import Callable
 from functools import partial
 from importlib import metadata
 from typing import Any
@@ -30,14 +31,10 @@ class Evaluations:
     def __init__(self, recipe: Any, model: Any, tokenizer: Any, mesh: Mesh, workdir: Workdir):
         """Open every entry of `recipe.evals` that names data; raises RecipeError before any training."""
         transform = build.eval_transform(recipe, model.config.image.image_shape)
-        self._evaluator = partial(
-            Evaluator,
-            model=model,
-            tokenizer=tokenizer,
-            transform=transform,
-            mesh=mesh,
-            embedder=Embedder(model, tokenizer, transform, mesh),
-        )
+        parts = {"model": model, "tokenizer": tokenizer, "transform": transform, "mesh": mesh}
+        self._dual = recipe.stage == "contrastive"
+        if self._dual:
+            self._evaluator = partial(Evaluator, **parts, embedder=Embedder(**parts))
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
         for name, entry in recipe.evals.items():
@@ -57,11 +54,13 @@ class Evaluations:
                 save_result(self._workdir.local, result)
         return {key: value for result in self.results for key, value in result.row().items()}
 
-    def compare(self, state: TrainState, batch: Source) -> None:
+    def compare(self, state: TrainState, batch: Callable[[], Source]) -> None:
         """Keep the similarity matrix of some pairs of a batch, where no retrieval evaluation leaves one."""
-        if any(evaluator.benchmark.benchmark == "retrieval" for evaluator in self._evaluators):
+        if not self._dual or any(
+            evaluator.benchmark.benchmark == "retrieval" for evaluator in self._evaluators
+        ):
             return
-        size = self._batch_size
+        size, batch = self._batch_size, batch()
         benchmark = Benchmark("batch", "retrieval", batch.name, examples=size, batch_size=size)
         details = self._evaluator(benchmark, source=batch).run(evaluated(state)).details
         if self._workdir.writer:
@@ -106,7 +105,7 @@ def finish(
     state: TrainState,
     tokenizer: Any,
     evaluations: Evaluations,
-    batch: Source,
+    batch: Callable[[], Source],
 ) -> None:
     """End a run: the table of results, the report (with pairs of `batch`, the last one), the Hugging Face folder."""
     evaluations.compare(state, batch)

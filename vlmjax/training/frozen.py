@@ -36,7 +36,7 @@ def whole(groups: Mapping[str, Tree], record: Mapping[str, Any], recipe: Any, mo
     mesh = make_mesh(devices=jax.local_devices(backend="cpu")[:1])
     shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
     places = jax.tree.map(lambda _: replicated(mesh), shapes)
-    params = by_path(import_params(recipe, model, places))
+    params = by_path(import_params(recipe, model, places, lambda: init_params(model, recipe.seed)))
     flat, wrong = {}, []
     for name in sorted(names):
         dtype, _, digest = record["arrays"][name]
@@ -46,7 +46,7 @@ def whole(groups: Mapping[str, Tree], record: Mapping[str, Any], recipe: Any, mo
             wrong.append(path)
     if wrong:
         raise CheckpointError(
-            f"{recipe.init_from} does not hold the frozen parameters any more that the run was trained beside: "
+            f"{record['frozen_from']} does not hold the frozen parameters any more that the run was trained beside: "
             f"{and_more(wrong)}; bring back what was there"
         )
     return {**groups, "frozen": traverse_util.unflatten_dict(flat, sep="/")}

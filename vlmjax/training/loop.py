@@ -8,9 +8,8 @@ import jax
 
 from vlmjax.data.formats.folder import Subset
 from vlmjax.data.recipe import open_train_sources, train_data
-from vlmjax.data.sources import together
+from vlmjax.data.sources import Source, together
 from vlmjax.errors import NonFiniteError, UserError
-from vlmjax.models import flops
 from vlmjax.sharding import distributed
 from vlmjax.sharding.mesh import check_batch_size, local_rows, make_mesh, to_global
 from vlmjax.sharding.peers import barrier, leaving_at_once
@@ -88,7 +87,8 @@ class Run:
         self.state, saved = start_state(recipe, self.model, self.program, self.mesh, self.checkpoints)
         phases.enter("initialise")
         shape, rows = self.model.config.image.image_shape, local_rows(self.mesh, recipe.batch_size)
-        self.data = train_data(recipe, sources, shares, self.tokenizer, shape, rows=rows)
+        tokens = getattr(self.model.config, "image_tokens", None)
+        self.data = train_data(recipe, sources, shares, self.tokenizer, shape, rows=rows, image_tokens=tokens)
         if saved:
             self.data.restore(saved, accept=recipe.data.accept_new_mixture)
         self.left_out = saved.get("left_out", 0)  # batches that no update has seen, since the run went back
@@ -103,7 +103,8 @@ class Run:
         self.log = MetricsLog(folder, self.start)
         self.attempts = Attempts(folder, phases, self.start)
         self.hosts = Hosts(folder, phases)
-        self.clock = Clock(recipe.batch_size, self._flops(), self.model.config.image.dtype)
+        work = self.program.stage.train_flops(recipe.batch_size, self.state.params)
+        self.clock = Clock(recipe.batch_size, work, self.model.config.image.dtype)
         self.bar = ProgressBar(self.start, lengths.total, shown=self.first)
         begin = min(self.start + 3, lengths.total)
         self.trace = Trace(folder, first=begin, steps=3 if profile else 0)
@@ -113,11 +114,6 @@ class Run:
         self.compiled: Callable | None = None
         self.save_due = False
         self.stop = StopRequest()
-
-    def _flops(self) -> float:
-        towers = {"image": "vision_model", "text": "text_model"}
-        locked = [tower for tower, tree in towers.items() if tree not in self.state.params]
-        return flops.train_flops(self.model.config, self.recipe.batch_size, locked=locked)
 
     def go(self) -> dict[str, float]:
         """Train to the end; returns the metrics of the last evaluation."""
@@ -139,11 +135,20 @@ class Run:
             self.results = self.evaluations.run(
                 self.state
             )  # the run was over before: say again what it reached
-        last = Subset(self.source, self.data.indices(self.lengths.total - 1 + self.left_out))
         finish.finish(
-            self.recipe, self.folder, self.model, self.state, self.tokenizer, self.evaluations, last
+            self.recipe,
+            self.folder,
+            self.model,
+            self.state,
+            self.tokenizer,
+            self.evaluations,
+            self._last_batch,
         )
         return self.results
+
+    def _last_batch(self) -> Source:
+        """The examples of the last step."""
+        return Subset(self.source, self.data.indices(self.lengths.total - 1 + self.left_out))
 
     def _update(self) -> None:
         """Start one step. Its metrics are fetched after the next has been started, so no device waits for them."""

@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from vlmjax.data import images
 from vlmjax.sharding.rules import format_table, shardings
-from vlmjax.training.build import import_params
+from vlmjax.training.build import import_params, imported
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.compile import Program, init_params
 from vlmjax.training.durations import Durations
@@ -32,25 +32,31 @@ def start_state(
     if continued:
         return continued
     places = jax.tree.map(lambda x: x.sharding, program.state)
-    if not recipe.init_from:
+    if not imported(recipe):
         return jax.jit(lambda: program.make(init_params(model, recipe.seed)), out_shardings=places)(), {}
-    shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
-    imported = import_params(recipe, model, shardings(recipe.sharding, shapes, mesh))
-    return jax.jit(program.make, out_shardings=places)(imported), {}
+    params = _imported(recipe, model, mesh)
+    return jax.jit(program.make, out_shardings=places)(params), {}
+
+
+def _imported(recipe: Any, model: Any, mesh: Mesh) -> Tree:
+    def fresh() -> Tree:
+        return init_params(model, recipe.seed)
+
+    return import_params(recipe, model, shardings(recipe.sharding, jax.eval_shape(fresh), mesh), fresh)
 
 
 def reference(recipe: Any, model: Any, program: Program, mesh: Mesh) -> Reference | None:
     """Where the frozen parameters of a run are from, when they are imported ones; None where there are none."""
-    if not recipe.init_from or not jax.tree.leaves(program.state.frozen):
+    sources, frozen = imported(recipe), set(program.state.frozen)
+    if not frozen or not frozen <= set(sources):
         return None
 
     def fetch() -> Tree:
         places = jax.tree.map(lambda x: x.sharding, program.state.frozen)
-        shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
-        imported = import_params(recipe, model, shardings(recipe.sharding, shapes, mesh))
-        return jax.jit(lambda params: program.make(params).frozen, out_shardings=places)(imported)
+        params = _imported(recipe, model, mesh)
+        return jax.jit(lambda params: program.make(params).frozen, out_shardings=places)(params)
 
-    return Reference(recipe.init_from, fetch)
+    return Reference(", ".join(sorted({sources[group] for group in frozen})), fetch)
 
 
 def announce(

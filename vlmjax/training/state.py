@@ -65,9 +65,11 @@ def make_state(
     optimizer: optax.GradientTransformation,
     ema: bool,
     extra: Callable[[Tree], Tree] = lambda trainable: {},
+    frozen_dtype: Any = jnp.float32,
 ) -> TrainState:
     """A state at step 0. Traceable, so that it can be built directly in its final place."""
     trainable, fixed = split(params, frozen)
+    fixed = jax.tree.map(lambda x: x.astype(frozen_dtype), fixed)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=trainable,

@@ -28,6 +28,27 @@ def value_and_grad(stage: Any, state: TrainState, batch: Mapping, rng: Any) -> t
     return jax.value_and_grad(loss, has_aux=True)(state.params)
 
 
+def accumulated_value_and_grad(
+    stage: Any, state: TrainState, batch: Mapping, rng: Any, micro_batches: int, mesh: Mesh
+) -> tuple:
+    """As `value_and_grad` for a stage that decomposes, whose parts are gone through one after the other."""
+    total = stage.total_weight(batch)
+    parts = jax.tree.map(lambda x: _to_micro(x, micro_batches, mesh), batch)
+    parts = (parts, jax.random.split(rng, micro_batches))
+
+    def one(part, rng):
+        (loss, (metrics, _)), grads = value_and_grad(stage, state, {**part, "total_weight": total}, rng)
+        return loss, metrics, grads
+
+    def add(sums, args):
+        return jax.tree.map(jnp.add, sums, one(*args)), None
+
+    shapes = jax.eval_shape(one, *jax.tree.map(lambda x: x[0], parts))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    (loss, metrics, grads), _ = jax.lax.scan(add, zeros, parts)
+    return (loss, (metrics, {})), grads
+
+
 def cached_value_and_grad(
     stage: Any, state: TrainState, batch: Mapping, rng: Any, micro_batches: int, mesh: Mesh
 ) -> tuple:
@@ -113,9 +134,8 @@ def make_train_step(
         if micro_batches == 1:
             (loss, (metrics, features)), grads = value_and_grad(stage, state, batch, rng)
         else:
-            (loss, (metrics, features)), grads = cached_value_and_grad(
-                stage, state, batch, rng, micro_batches, mesh
-            )
+            in_parts = accumulated_value_and_grad if stage.decomposes else cached_value_and_grad
+            (loss, (metrics, features)), grads = in_parts(stage, state, batch, rng, micro_batches, mesh)
         norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(norm)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -1,0 +1,51 @@
+"""Recipes at a size that trains on a laptop's CPU in minutes, on the built-in scenes: `configs/NAME.py:tiny`."""
+
+from vlmjax.config import Config, duration, evaluation
+
+
+def tiny(c: Config) -> Config:
+    """The same recipe, small. Nothing is imported, and so nothing is frozen whose parameters would be random."""
+    c.batch_size = 64
+    c.micro_batches = min(c.micro_batches, 2)
+    c.total = duration(steps=60)
+    c.init_from = ""
+    c.log_every = 5
+    c.eval_every, c.report_every = duration(), duration()
+    c.checkpoint.every = duration(steps=30)
+    c.model.image.update(
+        {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "image_size": 32, "patch_size": 8}
+    )
+    c.model.text.update(
+        {"width": 64, "depth": 2, "heads": 2, "mlp_dim": 128, "vocab_size": 0, "max_length": 32}
+    )
+    c.model.projection_dim = 32
+    c.loss.queue = min(c.loss.queue, 2 * c.batch_size)
+    c.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
+    c.data.train = "scenes"
+    c.data.tokenizer = "bpe:640"
+    c.data.max_length = min(c.data.max_length, 256)
+    c.optimizer.learning_rate = 2e-3
+    c.optimizer.warmup = duration(steps=10)
+    c.optimizer.cooldown = duration()
+    c.evals = Config(
+        {
+            "zeroshot": evaluation("zeroshot", "scenes:heldout:class", examples=256),
+            "retrieval": evaluation("retrieval", "scenes:heldout", examples=256),
+        }
+    )
+    c.checkpoint.best_metric = ""
+    return _tiny_generative(c) if c.stage == "generative" else c
+
+
+def _tiny_generative(c: Config) -> Config:
+    """Conversations about scenes, for a language model of 0.6 M parameters."""
+    c.batch_size = 32
+    c.model.image_from = c.model.language_from = ""
+    c.model.language.update(
+        {"width": 96, "depth": 3, "heads": 4, "kv_heads": 2, "mlp_dim": 256, "vocab_size": 0, "tied": True}
+    )
+    c.frozen = tuple(pattern for pattern in c.frozen if not pattern.startswith(("vision", "language")))
+    c.data.max_length = 96
+    c.data.train = "scenes" if c.data.conversation.template == "plain" else "scenes:train:questions"
+    c.evals = Config()
+    return c

@@ -1,0 +1,106 @@
+"""Generative training: the next tokens of answers, for every model that ends in a language model."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlmjax.errors import RecipeError
+from vlmjax.losses.token_cross_entropy import token_cross_entropy
+from vlmjax.models import flops
+from vlmjax.sharding.mesh import batch_shards
+from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage
+
+
+class Generative(Stage):
+    """Cross-entropy of the tokens that have a weight, divided by the weight of the whole global batch.
+
+    So a long answer counts as much as its tokens, in whatever micro-batch and on whatever device it lies (LLaVA,
+    2304.08485, section 4.2: loss on the answers and where they stop).
+    """
+
+    decomposes = True
+
+    def __init__(self, recipe: Any, model: nn.Module, mesh: Mesh):
+        """`recipe` is the whole validated recipe; `model` a models/vlm.py Vlm."""
+        self.model, self.mesh = model, mesh
+        self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
+        self.z_loss = recipe.loss.z_loss
+        self.length, self.slots = recipe.data.max_length, recipe.data.images_per_row
+        self.frozen_dtype = model.config.text.dtype
+        rows = recipe.batch_size // recipe.micro_batches
+        if rows % batch_shards(mesh):
+            raise RecipeError(
+                f"config.micro_batches={recipe.micro_batches} leaves {rows} rows for {batch_shards(mesh)} devices"
+            )
+
+    def describe(self) -> str:
+        """One line for the start of a run."""
+        more = f", z-loss {self.z_loss:g}" if self.z_loss else ""
+        return f"cross-entropy of next tokens, in chunks{more}; rows of {self.length} tokens, {self.slots} image(s)"
+
+    def batch_shapes(self) -> Shapes:
+        """Arrays of data/generative.py."""
+        tokens, image = (self.length,), self.model.config.image.image_shape
+        return {
+            "input_ids": (tokens, jnp.int32),
+            "targets": (tokens, jnp.int32),
+            "target_weights": (tokens, jnp.float32),
+            "position_ids": (tokens, jnp.int32),
+            "segment_ids": (tokens, jnp.int32),
+            "image_index": (tokens, jnp.int32),
+            "pixel_values": ((self.slots, *image, 3), jnp.uint8),
+            "image_valid": ((self.slots,), jnp.bool_),
+            "valid": ((), jnp.bool_),
+        }
+
+    def train_flops(self, batch_size: int, trained: Params) -> int:
+        """Model FLOPs of a step: see models/flops.py."""
+        return flops.vlm_train_flops(
+            self.model.config, batch_size, length=self.length, slots=self.slots, trained=tuple(trained)
+        )
+
+    def encode(
+        self, params: Params, batch: Batch, rng: PRNGKeyArray
+    ) -> dict[str, Float[Array, "batch tokens width"]]:
+        """Hidden states of rows whose `pixel_values` are uint8 [batch, slots, height, width, 3]."""
+
+        def forward(module: nn.Module) -> Array:
+            pixels = self.normalize(batch["pixel_values"])
+            embeddings = module.embed(batch["input_ids"], pixels, image_index=batch["image_index"])
+            hidden, _ = module(embeddings, positions=batch["position_ids"], segment_ids=batch["segment_ids"])
+            return hidden
+
+        return {"hidden": nn.apply(forward, self.model)({"params": params})}
+
+    def head(
+        self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
+    ) -> tuple[Float[Array, ""], dict[str, Array]]:
+        """The loss, and beside it how many of the tokens would have been chosen."""
+        hidden = features["hidden"]
+        kernel = nn.apply(lambda module: module.head_kernel(), self.model)({"params": params})
+        weights = batch["target_weights"].reshape(-1)
+        sums = token_cross_entropy(
+            hidden.reshape(-1, hidden.shape[-1]),
+            kernel,
+            batch["targets"].reshape(-1),
+            weights,
+            z_loss=self.z_loss,
+        )
+        total = jnp.maximum(batch.get("total_weight", sums.weight), 1e-9)
+        return sums.loss / total, {"token_accuracy": sums.right / total}
+
+    def total_weight(self, batch: Batch) -> Float[Array, ""]:
+        """What the losses of all parts of a batch are divided by."""
+        return batch["target_weights"].sum()
+
+    def normalize(self, pixel_values: Array) -> Float[Array, "batch slots height width 3"]:
+        """(x / 255 - mean) / std on the device, so that a quarter of the bytes travel to it."""
+        shape = (1,) * (pixel_values.ndim - 1) + (3,)
+        mean, std = (jnp.asarray(np.reshape(v, shape), jnp.float32) for v in (self.mean, self.std))
+        return jax.lax.stop_gradient((pixel_values.astype(jnp.float32) / jnp.float32(255) - mean) / std)
