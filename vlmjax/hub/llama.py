@@ -3,7 +3,7 @@
 Source of names and defaults: transformers, models/{llama,mistral,qwen2}/configuration_*.py, modeling_rope_utils.py.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,7 @@ QWEN2_DEFAULTS = _SHARED | {
     "sliding_window": 4096,
     "max_window_layers": 28,
 }
+_LLAMA3 = ("low_freq_factor", "high_freq_factor")
 # The parts of a decoder that all three classes have, and no other.
 _FORM = {"norm": "rms", "pre_norm": True, "final_norm": True, "gated": True, "embed_dim": None}
 
@@ -97,9 +98,6 @@ def to_rope(config: Mapping[str, Any], where: str) -> Rope:
     return Rope(theta, kind, *(float(given[key]) for key in ("factor", *_LLAMA3)), int(length))
 
 
-_LLAMA3 = ("low_freq_factor", "high_freq_factor")
-
-
 def from_rope(rope: Rope) -> dict[str, Any]:
     """The keys of transformers 5 and the older ones, which other programs read."""
     scaling = {"rope_type": "default" if rope.scaling == "none" else rope.scaling}
@@ -116,10 +114,19 @@ def from_rope(rope: Rope) -> dict[str, Any]:
     }
 
 
+def to_ends(value: int | Sequence[int] | None) -> tuple[int, ...]:
+    """`eos_token_id` of a configuration: none, one, or several ids that end a text."""
+    return () if value is None else (value,) if isinstance(value, int) else tuple(value)
+
+
+def from_ends(ids: tuple[int, ...]) -> int | list[int] | None:
+    """Inverse of `to_ends`."""
+    return None if not ids else ids[0] if len(ids) == 1 else list(ids)
+
+
 def _to_decoder(c: Mapping[str, Any], where: str, **rest: Any) -> DecoderConfig:
     note_training_only(c, where, "attention_dropout", 0.0)
     heads = c["num_attention_heads"]
-    eos = c["eos_token_id"]
     return DecoderConfig(
         width=c["hidden_size"],
         depth=c["num_hidden_layers"],
@@ -135,7 +142,7 @@ def _to_decoder(c: Mapping[str, Any], where: str, **rest: Any) -> DecoderConfig:
         tied=c["tie_word_embeddings"],
         init_std=c["initializer_range"],
         bos_token_id=c["bos_token_id"],
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        eos_token_ids=to_ends(c["eos_token_id"]),
         pad_token_id=c["pad_token_id"],
         **rest,
     )
@@ -186,7 +193,6 @@ def _from_decoder(
     only(config, cls, **_FORM, **form)
     if config.rope is None:
         raise HubError(f"{cls} has rotary positions, the model learned ones; set `rope`")
-    ids = config.eos_token_ids
     return dict(defaults) | {
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
@@ -201,7 +207,7 @@ def _from_decoder(
         "tie_word_embeddings": config.tied,
         "initializer_range": config.init_std,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else list(ids),
+        "eos_token_id": from_ends(config.eos_token_ids),
         "pad_token_id": config.pad_token_id,
         **from_rope(config.rope),
     }

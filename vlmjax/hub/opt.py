@@ -8,7 +8,7 @@ from typing import Any
 
 from vlmjax.errors import HubError
 from vlmjax.hub.family import Family, activation, note_training_only, only, require
-from vlmjax.hub.llama import decoder_inputs
+from vlmjax.hub.llama import decoder_inputs, from_ends, to_ends
 from vlmjax.hub.table import Names, Row, linear, norm
 from vlmjax.models.decoder import Decoder, DecoderConfig
 
@@ -68,7 +68,7 @@ def to_opt(config: Mapping[str, Any], where: str = "config.json: opt") -> Decode
     require(c, where, enable_bias=True, layer_norm_elementwise_affine=True)
     for key in ("dropout", "attention_dropout", "layerdrop"):
         note_training_only(c, where, key, 0.0)
-    width, heads, eos = c["hidden_size"], c["num_attention_heads"], c["eos_token_id"]
+    width, heads = c["hidden_size"], c["num_attention_heads"]
     inner = c.get("word_embed_proj_dim") or width
     return DecoderConfig(
         width=width,
@@ -93,7 +93,7 @@ def to_opt(config: Mapping[str, Any], where: str = "config.json: opt") -> Decode
         embed_dim=None if inner == width else inner,
         init_std=c["init_std"],
         bos_token_id=c["bos_token_id"],
-        eos_token_ids=() if eos is None else (eos,) if isinstance(eos, int) else tuple(eos),
+        eos_token_ids=to_ends(c["eos_token_id"]),
         pad_token_id=c["pad_token_id"],
         family="opt",
     )
@@ -111,7 +111,6 @@ def from_opt(config: DecoderConfig) -> dict[str, Any]:
             f"only with pre_norm; the model has width {width}, heads {config.heads}, embed_dim {config.embed_dim}, "
             f"pre_norm {config.pre_norm}, final_norm {config.final_norm}"
         )
-    ids = config.eos_token_ids
     return DEFAULTS | {
         "model_type": "opt",
         "vocab_size": config.vocab_size,
@@ -128,7 +127,7 @@ def from_opt(config: DecoderConfig) -> dict[str, Any]:
         "init_std": config.init_std,
         "pad_token_id": config.pad_token_id,
         "bos_token_id": config.bos_token_id,
-        "eos_token_id": None if not ids else ids[0] if len(ids) == 1 else list(ids),
+        "eos_token_id": from_ends(config.eos_token_ids),
         "tie_word_embeddings": config.tied,
     }
 
