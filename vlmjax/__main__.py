@@ -12,6 +12,7 @@ COMMANDS = {
     "data.formats.tfds_coco": "COCO captions as TFDS  --coco=DIR --out=DIR",
     "data.index": "index shards           shards/*.tar",
     "data.convert": "write shards           pairs.jsonl --out=shards",
+    "data.instruct": "write conversations    scenes --out=talk.jsonl --endpoint=URL --model=NAME",
     "data.bench": "time the pipeline      scenes --image_size=64",
 }
 

@@ -183,6 +183,17 @@ def recipe() -> Config:
         0  # processes that share them; 0 = in the trainer's own, enough for some 8,000 images/s
     )
     c.data.max_bad_share = 0.01  # more corrupt records than this share stop the run
+    # What follows is for stage "generative", whose rows hold conversations.
+    c.data.conversation = Config(
+        {
+            "template": "v1",  # see vlmjax/data/conversation_templates.py; "tokenizer" for the tokenizer's own
+            "image_first": False,  # each message's images before its text, as LLaVA trains; False keeps the order
+            "system": "",  # in place of the template's system message; the conversation's own goes before both
+        }
+    )
+    c.data.max_length = 2048  # tokens of a row, those of images included
+    c.data.images_per_row = 1  # places for images; a conversation with more is cut before the first too many
+    c.data.packing = False  # several conversations in a row, none of which sees the others
 
     c.optimizer = Config()
     c.optimizer.name = "adamw"  # adamw | muon | lion | adafactor
@@ -236,6 +247,7 @@ def tiny(c: Config) -> Config:
     c.mesh.update({"data": -1, "fsdp": 1, "tensor": 1})
     c.data.train = "scenes"
     c.data.tokenizer = "bpe:640"
+    c.data.max_length = min(c.data.max_length, 256)
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = duration(steps=10)
     c.optimizer.cooldown = duration()

@@ -30,7 +30,7 @@ def check_values(c: Any) -> None:
     Args:
       c: a recipe whose keys and types are those of the schema.
     """
-    _one_of(c.stage, "config.stage", ("contrastive",))
+    _one_of(c.stage, "config.stage", ("contrastive", "generative"))
     _one_of(c.model.text.kind, "config.model.text.kind", ("clip", "bert"))
     _one_of(c.model.dtype, "config.model.dtype", ("auto", "bfloat16", "float32"))
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
@@ -71,6 +71,7 @@ def check_values(c: Any) -> None:
     _check_mesh(c)
     _check_rules(c)
     _check_data(c)
+    _check_conversations(c)
     _check_evals(c)
 
 
@@ -165,6 +166,25 @@ def _check_data(c: Any) -> None:
         Augmentation.from_recipe(c.data.augment.to_dict())
     except RecipeError as error:
         raise RecipeError(f"config.data.augment: {error}") from None
+
+
+def _check_conversations(c: Any) -> None:
+    from vlmjax.data.conversation_templates import OWN, TEMPLATES
+
+    _one_of(c.data.conversation.template, "config.data.conversation.template", (*TEMPLATES, OWN))
+    for name in ("max_length", "images_per_row"):
+        _at_least(c.data[name], 1, f"config.data.{name}")
+    if c.stage != "generative":
+        return
+    if c.data.cache_decoded:
+        raise RecipeError(
+            f"config.data.cache_decoded={c.data.cache_decoded} is for pairs; with stage='generative' leave it 0"
+        )
+    side = c.model.image.image_size // c.model.image.patch_size
+    if side * side >= c.data.max_length:
+        raise RecipeError(
+            f"config.data.max_length={c.data.max_length} has no room for words beside an image of {side * side} tokens"
+        )
 
 
 def _check_evals(c: Any) -> None:

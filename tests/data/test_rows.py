@@ -51,6 +51,9 @@ def test_llava(folder, name):
             "image": "",
             "conversations": [{"from": "user", "value": "q"}, {"from": "assistant", "value": "r"}],
         },
+        {"id": "j", "image": "0.png", "conversations": turns("No mark?", "x")},
+        {"id": "k", "conversations": [{"from": "bot", "value": "q"}]},
+        {"id": "l", "image": "0.png", "conversations": turns("<image>", " ")},
     ]
     source = pickle.loads(pickle.dumps(opened(folder, name, table)))
     assert source[0].image == encoded(picture(0)) and source[0].captions == ("A thing.",)
@@ -65,10 +68,59 @@ def test_llava(folder, name):
         (5, "missing_file"),
         (6, "bad_conversation"),
         (7, "bad_conversation"),
+        (9, "image_marks"),
+        (10, "unknown_role"),
+        (11, "empty_answer"),
     ):
         with pytest.raises(BadRecord) as caught:
             source[i]
         assert (caught.value.reason, caught.value.key) == (reason, source.key(i))
+
+
+def test_messages(folder):
+    parts = [{"type": "image", "index": 0, "text": None}, {"type": "text", "text": "\nWhat?"}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "A thing."}]
+    inside = [{"type": "text", "text": "Look"}, {"type": "image", "path": "1.png"}]
+    linked = [{"type": "image_url", "image_url": {"url": "2.png"}}, {"type": "text", "text": "?"}]
+    table = [
+        {"messages": [{"role": "system", "content": "Be brief."}, *said], "images": ["0.png"], "source": "x"},
+        {
+            "messages": [{"role": "user", "content": "<image><image>same?"}, said[1]],
+            "images": ["0.png", "1.png"],
+        },
+        {
+            "messages": [
+                {"role": "user", "content": inside},
+                said[1],
+                {"role": "user", "content": linked},
+                said[1],
+            ]
+        },
+        {
+            "messages": [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi"}],
+            "images": [],
+        },
+        {"messages": said, "images": []},
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "damaged",
+    ]
+    source = opened(folder, "messages.jsonl", table)
+    first = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A thing."}]
+    assert source[0].extra["conversations"] == [{"from": "system", "value": "Be brief."}, *first]
+    assert source[0].extra["source"] == "x" and source[0].captions == ("A thing.",)
+    assert source[1].extra["images"] == (encoded(picture(0)), encoded(picture(1)))
+    assert source[2].extra["images"] == (encoded(picture(1)), encoded(picture(2)))
+    assert [turn["value"] for turn in source[2].extra["conversations"]][::2] == ["Look<image>", "<image>?"]
+    assert source[3].image == b"" and source[3].extra["conversations"][0] == {
+        "from": "human",
+        "value": "Hello",
+    }
+    for i in range(4):
+        assert source.turns_at(i) == source[i].extra["conversations"]
+    for i, reason in ((4, "image_marks"), (5, "unknown_role"), (6, "bad_row")):
+        with pytest.raises(BadRecord, match=reason):
+            source[i]
+    assert source.turns_at(6) == []
 
 
 def test_obelics(folder):

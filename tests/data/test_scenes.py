@@ -344,6 +344,39 @@ def test_source_gives_records():
     assert len(list(Scenes("val", length=3))) == 3
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_conversations_ask_what_the_scene_answers(split):
+    source = open_scenes(f"scenes:{split}:full:questions", seed=4, image_size=32)
+    rounds, firsts, kinds = set(), set(), set()
+    for i in range(120):
+        record, one = source[i], source.scene(i)
+        turns = record.extra["conversations"]
+        assert turns == source.turns_at(i) == source[i].extra["conversations"] and record.captions == ()
+        assert source.captions_at(i) == () and [t["from"] for t in turns] == ["human", "gpt"] * (
+            len(turns) // 2
+        )
+        words = [turn["value"] for turn in turns]
+        assert words[0].count("<image>") == 1 and not any("<image>" in w for w in words[1:])
+        firsts.add(words[0].startswith("<image>\n"))
+        words[0] = words[0].removeprefix("<image>\n").removesuffix("\n<image>")
+        known = {question: (answer, kind) for kind, question, answer in one.qa}
+        for question, answer in zip(words[::2], words[1::2], strict=True):
+            assert known[question][0] == answer
+            kinds.add(known[question][1])
+        rounds.add(len(turns) // 2)
+        if split == "train":
+            assert not _held_out_words(" ".join(words))
+    assert rounds == {1, 2, 3, 4} and firsts == {True, False} and len(kinds) >= 11
+    assert Scenes("train").turns_at(0) == [] and "conversations" not in Scenes("train")[0].extra
+
+
+def _held_out_words(text: str) -> list[str]:
+    """Held-out pairs that a text names side by side."""
+    return [
+        name for name in (c.split(" ", 1)[1] for c in heldout_classes()) if re.search(rf"\b{name}s?\b", text)
+    ]
+
+
 def test_specs():
     opened = open_scenes("scenes:full:heldout:class", seed=2, image_size=48)
     assert (opened.split, opened.style, opened.captions) == ("heldout", "full", "class")

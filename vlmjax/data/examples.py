@@ -83,7 +83,7 @@ class Examples:
         tokens, truncated = self._tokenizer.encode_rows(texts)
         for name, value in tokens.items():
             out[name][:] = value
-        return Done(failures, time.perf_counter() - begin, size, truncated)
+        return Done(failures, len(texts), time.perf_counter() - begin, size, truncated)
 
     def _part(self, index: int) -> str:
         """The name of the source, of several, that an example is of."""

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from vlmjax.errors import DataError, UserError
+from vlmjax.errors import DataError, RecipeError, UserError
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -68,6 +68,11 @@ def read_recipe(options: argparse.Namespace, keys: Sequence[str]) -> Any:
 def run(options: argparse.Namespace, keys: Sequence[str] = ()) -> int:
     """Make the batch, print it, write the page. Returns how many of the rows cannot be used."""
     recipe = read_recipe(options, keys)
+    if recipe.stage != "contrastive":
+        raise RecipeError(
+            f"config.stage={recipe.stage!r}: only rows of 'contrastive' can be shown; for the same pictures and "
+            "captions add --config.stage=contrastive"
+        )
 
     from vlmjax.data import page
     from vlmjax.data.recipe import naming, open_tokenizer, open_train_sources, tokenizer_name, train_data

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmjax.data import images, plan, workers
+from vlmjax.data import images, packed, plan, windows, workers
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, key_of
 from vlmjax.errors import BadRecord, DataError
@@ -162,12 +162,23 @@ def _key(source: Source, index: int) -> str:
 
 
 class Done(NamedTuple):
-    """What came of one chunk or one batch: failures, seconds of all threads, encoded bytes read, texts cut."""
+    """What came of one chunk or one batch.
+
+    Attributes:
+        failures: records that could not be used.
+        records: all that were asked for.
+        seconds: of all threads.
+        bytes_read: of encoded images.
+        truncated: texts that were cut.
+        after: where the next step begins, of a packed plan.
+    """
 
     failures: list[Failure]
+    records: int
     seconds: float
     bytes_read: int
     truncated: int
+    after: windows.Place | None = None
 
 
 class _Buffers:
@@ -193,7 +204,7 @@ class Batches:
 
     def __init__(
         self,
-        chunks: plan.Plan,
+        chunks: plan.Plan | packed.PackedChunks,
         make: Callable[[], Batch],
         work: Callable[[plan.Chunk, Batch], Done],
         threads: int,
@@ -240,8 +251,7 @@ class Batches:
 
         def run(chunk: plan.Chunk) -> tuple[int, Done]:
             batch = buffers.of(chunk.step)
-            rows = slice(chunk.start, chunk.start + len(chunk.indices))
-            done = work(chunk, {name: value[rows] for name, value in batch.items()})
+            done = work(chunk, {name: value[chunk.rows] for name, value in batch.items()})
             with self._lock:
                 self._finished += 1
             return chunk.step, done
@@ -296,5 +306,8 @@ class Batches:
 
 def _sum(parts: list[Done]) -> Done:
     failures = [failure for part in parts for failure in part.failures]
-    seconds, read = sum(part.seconds for part in parts), sum(part.bytes_read for part in parts)
-    return Done(failures, seconds, read, sum(part.truncated for part in parts))
+    records, seconds, read, truncated = (
+        sum(getattr(part, name) for part in parts)
+        for name in ("records", "seconds", "bytes_read", "truncated")
+    )
+    return Done(failures, records, seconds, read, truncated, parts[-1].after)

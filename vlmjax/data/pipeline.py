@@ -12,11 +12,14 @@ import numpy as np
 from vlmjax.data import images, loader, mixture, plan
 from vlmjax.data.captions import Text
 from vlmjax.data.examples import Examples
+from vlmjax.data.generative import GenerativeExamples, Rows
 from vlmjax.data.loader import Batch, SkipCounter
 from vlmjax.data.mixture import Mixture
+from vlmjax.data.packed import PackedChunks
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, together
 from vlmjax.data.text import Tokenizer
+from vlmjax.data.windows import BEGINNING, Place
 from vlmjax.errors import DataError
 
 _log = logging.getLogger(__name__)
@@ -55,7 +58,9 @@ class TrainData:
 
     A batch is a dict of arrays over this host's rows: pixel_values uint8 [b, h, w, 3], input_ids and
     attention_mask int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot
-    be used leaves a row of zero pixels with the empty text and valid False.
+    be used leaves a row of zero pixels with the empty text and valid False. With `generative`, rows hold
+    conversations: see `generative.GenerativeExamples`. Where they are packed, a row of step s is one of the rows that
+    windows of examples were packed into, in their order, and "the example at g" counts through the windows.
 
     Attributes:
         step: the step of the next batch.
@@ -85,6 +90,7 @@ class TrainData:
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
         cache_bytes: int = 2 << 30,
+        generative: Rows | None = None,
     ):
         """Set up; nothing is read before the first batch.
 
@@ -110,6 +116,7 @@ class TrainData:
             cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
                 small and seen many times, where decoding would dominate.
             cache_bytes: bound of that memory, of all processes together.
+            generative: what rows of conversations are; None for pairs of an image and a text. The cache is for pairs.
 
         Raises:
             DataError: fewer examples than one batch, or the same data in two sources.
@@ -129,18 +136,24 @@ class TrainData:
         self._processes = processes
         self._rows = range(batch_size) if rows is None else rows
         self._chunk = chunk
-        self._examples = Examples(
-            self.source,
-            image_transform,
-            tokenizer,
-            seed=seed,
-            captions=captions,
-            templates=templates,
-            background=background,
-            max_pixels=max_pixels,
-            cache_decoded=cache_decoded,
-            cache_bytes=cache_bytes // max(1, processes),
-        )
+        settings = {
+            "seed": seed,
+            "captions": captions,
+            "templates": templates,
+            "background": background,
+            "max_pixels": max_pixels,
+        }
+        self._examples: Examples | GenerativeExamples
+        if generative is None:
+            settings |= {"cache_decoded": cache_decoded, "cache_bytes": cache_bytes // max(1, processes)}
+            self._examples = Examples(self.source, image_transform, tokenizer, **settings)
+        else:
+            self._examples = GenerativeExamples(
+                self.source, image_transform, tokenizer, generative, **settings
+            )
+        self._packing = generative if generative is not None and generative.packing else None
+        # Where `step` begins, of packed rows; not known when a run is begun late, then it is added up.
+        self._place = BEGINNING if start_step == 0 else None
         self._batches: loader.Batches | None = None
         self._work, self._asked = _Work(), start_step
         self._far = hasattr(self.source, "prepare") and any(
@@ -160,29 +173,61 @@ class TrainData:
             )
         self._prepare()
         step, batch, done = next(self._batches)
-        self.step = step + 1
+        self.step, self._place = step + 1, done.after
         self._work.add(done)
-        self.skips.add(len(batch["valid"]), done.failures)
+        self.skips.add(done.records, done.failures)
         return batch
 
-    def _plan(self) -> plan.Plan:
-        return plan.Plan(self.mixture, self.batch_size, self._rows, self.step, self._chunk)
+    def _plan(self) -> plan.Plan | PackedChunks:
+        if self._packing is None:
+            return plan.Plan(self.mixture, self.batch_size, self._rows, self.step, self._chunk)
+        return PackedChunks(
+            self.mixture,
+            self._examples.measure,
+            self._packing.max_length,
+            self._packing.images_per_row,
+            self.batch_size,
+            self._rows,
+            self.seed,
+            self._packing.window,
+            self.step,
+            self._chunk,
+            self._place or BEGINNING,
+        )
+
+    def _begins(self) -> Place:
+        """Where the next step begins, of packed rows."""
+        if self._place is None:
+            self._place = self._plan().packed.place(self.step)
+        return self._place
 
     def _prepare(self) -> None:
         """Tell a source of remote shards which examples come next, some batches ahead."""
         if not self._far or self.step < self._asked:
             return
-        steps = np.arange(self.step, self.step + _LOOK_AHEAD, dtype=np.int64)
-        rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
+        if self._packing is not None:  # windows are read whole, for their lengths
+            first = self._begins().window * self._packing.window
+            positions = np.arange(first, first + 2 * self._packing.window, dtype=np.int64)
+        else:
+            steps = np.arange(self.step, self.step + _LOOK_AHEAD, dtype=np.int64)
+            rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
+            positions = (steps[:, None] * self.batch_size + rows).ravel()
         # All that is ahead, not what is new: what is named again is not put out of the cache.
-        self.source.prepare(self.mixture((steps[:, None] * self.batch_size + rows).ravel()).tolist())
+        self.source.prepare(self.mixture(positions).tolist())
         self._asked = self.step + _LOOK_AHEAD // 4
 
     def indices(self, step: int) -> np.ndarray:
         """Which examples of `source` make the global batch of a step: int64 [batch_size].
 
         A step before this mixture began counts as its first one.
+
+        Raises:
+            DataError: rows are packed, so that each holds several.
         """
+        if self._packing is not None:
+            raise DataError(
+                "rows are packed: each holds several examples, and their order is not that of steps"
+            )
         return self._plan().indices(max(step, -(-self.mixture.start // self.batch_size)))
 
     def text(self, record: Record, step: int, row: int) -> Text:
@@ -190,7 +235,10 @@ class TrainData:
 
         Raises:
             BadRecord: it has none.
+            DataError: rows are conversations.
         """
+        if not isinstance(self._examples, Examples):
+            raise DataError("rows are conversations, not pairs of an image and a text")
         return self._examples.text(record, step * self.batch_size + row)
 
     @property
@@ -208,13 +256,20 @@ class TrainData:
     @property
     def state(self) -> dict[str, Any]:
         """All that is needed to go on: the step, and what must not have changed meanwhile."""
-        return {
+        out = {
             "step": self.step,
             "seed": self.seed,
             "batch_size": self.batch_size,
             "mixture": self.mixture.state(),
             "images": images.backend(),
         }
+        if self._packing is not None:
+            out["packed"] = {"place": list(self._begins()), **self._packed_by()}
+        return out
+
+    def _packed_by(self) -> dict[str, int]:
+        """What packing depends on, but for the data: the same rows come only of the same numbers."""
+        return {name: getattr(self._packing, name) for name in ("max_length", "images_per_row", "window")}
 
     def restore(self, state: dict[str, Any], *, accept: bool = False) -> None:
         """Go on from a saved state, on any number of hosts, threads and processes.
@@ -234,11 +289,14 @@ class TrainData:
                 f"the checkpoint does not say where its data stood ({', '.join(missing)} missing): it is damaged or of "
                 "an older vlmjax; start a new workdir"
             )
-        now = self.state
+        was = {"packed": None, **state}
+        now = {"seed": self.seed, "batch_size": self.batch_size, "packed": None, "images": images.backend()}
+        if self._packing is not None:
+            now["packed"] = {"place": (was["packed"] or {}).get("place"), **self._packed_by()}
         changed = [
-            f"{name} was {state[name]!r} and is {now[name]!r}"
-            for name in ("seed", "batch_size")
-            if state[name] != now[name]
+            f"{name} was {was[name]!r} and is {now[name]!r}"
+            for name in ("seed", "batch_size", "packed")
+            if was[name] != now[name]
         ]
         if changed:
             raise DataError(f"cannot continue: {', '.join(changed)}; undo the change or start a new workdir")
@@ -248,12 +306,16 @@ class TrainData:
                 "pictures were made by %s and are now by %s: their last bits may differ", before, today
             )
         saved, step = Mixture.from_state(state["mixture"], self.seed), int(state["step"])
-        self.mixture = self._continued(saved, step, accept)
+        place = Place(*was["packed"]["place"]) if was["packed"] else None
+        self.mixture, place = self._continued(saved, step, place, accept)
         self.close()
         self.step = self._asked = step
+        self._place = place
 
-    def _continued(self, saved: Mixture, step: int, accept: bool) -> Mixture:
-        """The mixture to go on with: the saved one, or the next."""
+    def _continued(
+        self, saved: Mixture, step: int, place: Place | None, accept: bool
+    ) -> tuple[Mixture, Place | None]:
+        """The mixture to go on with, the saved one or the next, and where it does so, of packed rows."""
         mine, theirs = (
             [(part.fingerprint, part.size, part.share, part.layout) for part in one.parts]
             for one in (self.mixture, saved)
@@ -263,7 +325,7 @@ class TrainData:
                 dataclasses.replace(part, stream=old.stream, drawn=old.drawn)
                 for part, old in zip(self.mixture.parts, saved.parts, strict=True)
             ]
-            return Mixture(parts, self.seed, saved.start, saved.version, saved.streams)
+            return Mixture(parts, self.seed, saved.start, saved.version, saved.streams), place
         told = mixture.difference(saved.parts, self.mixture.parts)
         if not accept:
             raise DataError(
@@ -271,7 +333,11 @@ class TrainData:
                 "new mixture from here by --config.data.accept_new_mixture=True"
             )
         _log.warning("from step %d on another mixture: %s", step, told)
-        return saved.followed_by(self.mixture.parts, step * self.batch_size)
+        if place is None:
+            return saved.followed_by(self.mixture.parts, step * self.batch_size), None
+        # A window is packed of one mixture: what is left of the one under way is given up.
+        window = place.window + (place.unit > 0)
+        return saved.followed_by(self.mixture.parts, window * self._packing.window), Place(step, window, 0)
 
     def close(self) -> None:
         """Stop decoding ahead; the next batch starts it again."""

@@ -114,6 +114,11 @@ class Chunk:
     positions: np.ndarray
     indices: np.ndarray
 
+    @property
+    def rows(self) -> slice:
+        """The rows of the host's part of the batch that it fills."""
+        return slice(self.start, self.start + len(self.indices))
+
 
 @dataclasses.dataclass(frozen=True)
 class Plan:

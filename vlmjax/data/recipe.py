@@ -2,16 +2,18 @@
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 from vlmjax.data import bpe, mixture, text
 from vlmjax.data.augment import TrainTransform
+from vlmjax.data.conversation import MARK
+from vlmjax.data.generative import Rows
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.plan import permute
-from vlmjax.data.sources import Source, captions_of, open_sources
+from vlmjax.data.sources import Source, captions_of, open_sources, turns_of
 from vlmjax.errors import DataError, HubError, RecipeError
 
 # Captions read to train a "bpe:N" tokenizer; more change its merges little.
@@ -51,12 +53,28 @@ def tokenizer_name(recipe: Any) -> str:
     return source if source and (not name or name.startswith("bpe:")) else name
 
 
-def open_tokenizer(name: str, source: Source | None, max_length: int) -> text.Tokenizer:
+def special_tokens(recipe: Any) -> tuple[str, ...]:
+    """What a recipe's tokenizer has beyond its own vocabulary: the mark of an image where rows are conversations."""
+    return (MARK,) if recipe.stage == "generative" else ()
+
+
+def open_tokenizer(
+    name: str, source: Source | None, max_length: int, special: Sequence[str] = ()
+) -> text.Tokenizer:
     """A tokenizer by its folder or hub id; "bpe:N" learns one of N tokens from captions of `source`.
+
+    `special` are tokens that it gets where it does not have them.
 
     Raises:
         DataError: nothing readable there, or no such size.
     """
+    found = _open_tokenizer(name, source, max_length)
+    for token in special:
+        found = text.with_token(found, token)
+    return found
+
+
+def _open_tokenizer(name: str, source: Source | None, max_length: int) -> text.Tokenizer:
     if not name.startswith("bpe:"):
         return text.load(name, max_length)
     size = name.removeprefix("bpe:")
@@ -68,12 +86,15 @@ def open_tokenizer(name: str, source: Source | None, max_length: int) -> text.To
 
 
 def sample_captions(source: Source) -> Iterator[str]:
-    """Captions from all over a source, so that every part of it gives its words; an unreadable record has none."""
+    """Captions from all over a source, so that every part of it gives its words; an unreadable record has none.
+
+    Of a conversation of several rounds what everybody says.
+    """
     left = BPE_CAPTIONS
     order = permute(np.arange(min(left, len(source))), len(source), seed=0, epoch=0)
     for i in order.tolist():
         try:
-            captions = captions_of(source, i)[:left]
+            captions = _texts_of(source, i)[:left]
         except Exception:  # of whatever kind: training meets this record again, counts it and says why
             captions = ()
         yield from captions
@@ -82,17 +103,34 @@ def sample_captions(source: Source) -> Iterator[str]:
             return
 
 
+def _texts_of(source: Source, i: int) -> Sequence[str]:
+    """The captions of example i, or what is said in its conversation."""
+    captions = captions_of(source, i)
+    return captions or [turn["value"].replace(MARK, " ").strip() for turn in turns_of(source, i)]
+
+
 def train_data(
     recipe: Any,
     sources: list[Source],
     shares: tuple[float, ...],
     tokenizer: text.Tokenizer,
     image_size: int | tuple[int, int],
+    *,
+    image_tokens: int | None = None,
     **options: Any,
 ) -> TrainData:
     """The batches of a recipe: random crops and colours that end at the model's image size, captions, tokens.
 
-    `options` are those of TrainData that no recipe holds, or that go before what it says.
+    With stage "generative" rows of conversations, see `generative.GenerativeExamples`.
+
+    Args:
+        recipe, sources, shares, tokenizer: as opened here.
+        image_size: of the model's images, pixels.
+        image_tokens: of an image, for conversations; by default one for each patch.
+        options: those of TrainData that no recipe holds, or that go before what it says.
+
+    Raises:
+        DataError: as of TrainData, or a tokenizer without `special_tokens`.
     """
     data, background = recipe.data, tuple(recipe.data.background)
     settings = {
@@ -107,5 +145,31 @@ def train_data(
         "background": background,
         "cache_decoded": data.cache_decoded or None,
     }
+    if recipe.stage == "generative":
+        settings["generative"] = generative_rows(recipe, tokenizer, image_size, image_tokens)
     transform = TrainTransform(image_size, data.augment.to_dict(), background=background)
     return TrainData(sources, transform, tokenizer, **settings | options)
+
+
+def generative_rows(
+    recipe: Any,
+    tokenizer: text.Tokenizer,
+    image_size: int | tuple[int, int],
+    image_tokens: int | None = None,
+) -> Rows:
+    """What a row of conversations is, by a recipe; arguments as of `train_data`. Raises DataError."""
+    data, patch = recipe.data, recipe.model.image.patch_size
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    number = tokenizer.token_id(MARK)
+    if number is None:
+        raise DataError(f"the tokenizer has no token {MARK!r}: open it with recipe.special_tokens")
+    return Rows(
+        data.conversation.template,
+        data.max_length,
+        (height // patch) * (width // patch) if image_tokens is None else image_tokens,
+        number,
+        images_per_row=data.images_per_row,
+        packing=data.packing,
+        image_first=data.conversation.image_first,
+        system=data.conversation.system,
+    )

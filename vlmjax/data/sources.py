@@ -8,6 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
+from vlmjax.data.conversation import turns_in
 from vlmjax.data.formats import arrow, folder, kinds, parquet, tfds
 from vlmjax.data.formats.folder import Subset
 from vlmjax.data.pictures import image_header
@@ -23,10 +24,10 @@ Specification = str | Sequence[str]
 class Source(Protocol):
     """Examples by number. Equal `fingerprint`s mean the same data; reading may raise BadRecord.
 
-    A source may also have `key(i)` and `captions_at(i)`, which read less than the whole example; `blocks`, int64 ends
-    of the runs of examples that are near each other, where reading at random is dear; `prepare(indices)`, which
-    begins to fetch what these examples are in; and `column(name)`, what its index knows of every example. Every
-    source can be pickled and opens its files anew in another process.
+    A source may also have `key(i)`, `captions_at(i)` and `turns_at(i)`, which read less than the whole example;
+    `blocks`, int64 ends of the runs of examples that are near each other, where reading at random is dear;
+    `prepare(indices)`, which begins to fetch what these examples are in; and `column(name)`, what its index knows of
+    every example. Every source can be pickled and opens its files anew in another process.
     """
 
     name: str
@@ -99,6 +100,11 @@ class Concat:
         source, at = self._place(i)
         return captions_of(source, at)
 
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation of example i, none where it has none."""
+        source, at = self._place(i)
+        return turns_of(source, at)
+
     def part_name(self, i: int) -> str:
         """The name of the source that example i is of."""
         return self._place(i)[0].name
@@ -124,6 +130,18 @@ def captions_of(source: Source, i: int) -> tuple[str, ...]:
     """The captions of example i, without its image where the source can tell them apart."""
     captions = getattr(source, "captions_at", None)
     return captions(i) if callable(captions) else source[i].captions
+
+
+def turns_of(source: Source, i: int) -> list[dict[str, str]]:
+    """The conversation of example i as {"from", "value"}, none where it has none. Raises BadRecord.
+
+    Without its images where the source can tell them apart.
+    """
+    turns = getattr(source, "turns_at", None)
+    if callable(turns):
+        return turns(i)
+    record = source[i]
+    return turns_in(record.extra, record.key)
 
 
 def image_sizes(source: Source, indices: Sequence[int] | np.ndarray) -> np.ndarray:

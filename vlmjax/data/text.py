@@ -1,8 +1,10 @@
 """Captions to token ids: any Hugging Face tokenizer, fixed length, the ids transformers would give."""
 
+import copy
 import json
 import os
 import pathlib
+import tempfile
 import threading
 from collections.abc import Sequence
 from typing import Any
@@ -155,6 +157,20 @@ class Tokenizer:
         for name, data in self._files.items():
             pathlib.Path(folder, name).write_bytes(data)
 
+    @property
+    def backend(self) -> Any:
+        """The `tokenizers.Tokenizer` behind it, without padding and truncation. Not to be changed."""
+        return self._backend
+
+    @property
+    def hf(self) -> Any:
+        """The transformers tokenizer it came from, None where it came from plain files."""
+        return self._hf
+
+    def token_id(self, token: str) -> int | None:
+        """The id of one entry of the vocabulary, None where it has none such."""
+        return self._backend.token_to_id(token)
+
     def __getstate__(self) -> dict[str, Any]:
         """A lock stays in its process."""
         return {name: value for name, value in vars(self).items() if name != "_lock"}
@@ -203,6 +219,22 @@ def load(folder_or_id: str | os.PathLike[str], max_length: int = 77) -> Tokenize
             f"text length {max_length} leaves no room beside the {needed} special tokens of {folder_or_id}"
         )
     return tokenizer
+
+
+def with_token(tokenizer: Tokenizer, token: str) -> Tokenizer:
+    """The tokenizer with one more special token, such as "<image>"; itself where it has that. `save` writes it too."""
+    if tokenizer.token_id(token) is not None:
+        return tokenizer
+    if tokenizer.hf is not None:
+        hf = copy.deepcopy(tokenizer.hf)
+        hf.add_special_tokens({"additional_special_tokens": [token]}, replace_extra_special_tokens=False)
+        return _wrap(hf, tokenizer.max_length)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+        backend = type(tokenizer.backend).from_str(tokenizer.backend.to_str())
+        backend.add_special_tokens([token])
+        backend.save(os.path.join(folder, "tokenizer.json"))
+        return load(folder, tokenizer.max_length)
 
 
 def _load_folder(path: pathlib.Path, names: set[str], max_length: int) -> Tokenizer:

@@ -15,7 +15,7 @@ from flax import traverse_util
 from vlmjax.config import Config
 from vlmjax.data import text
 from vlmjax.data.images import EvalTransform
-from vlmjax.data.recipe import naming, open_tokenizer, tokenizer_name
+from vlmjax.data.recipe import naming, open_tokenizer, special_tokens, tokenizer_name
 from vlmjax.data.sources import Source
 from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.bert import BertConfig
@@ -53,7 +53,7 @@ def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text
     partial = workdir.path("tokenizer.partial")
     shutil.rmtree(partial, ignore_errors=True)
     with naming("init_from" if name == recipe.init_from else "data.tokenizer"):
-        open_tokenizer(name, source, length).save(str(partial))
+        open_tokenizer(name, source, length, special_tokens(recipe)).save(str(partial))
     shutil.rmtree(folder, ignore_errors=True)
     os.replace(partial, folder)
     return text.load(str(folder), length)

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmjax.data.conversation import turns_in
 from vlmjax.data.formats import rows
 from vlmjax.data.formats.fields import IMAGE_EXTENSIONS, captions_of, parse_json, tidy
 from vlmjax.data.record import Record
@@ -136,6 +137,12 @@ class TableSource:
         return tidy(
             [text for column in self._layout.captions for text in captions_of(row.get(column), self.key(i))]
         )
+
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation of row i, without its images; none of a pair or a document. Raises BadRecord."""
+        if self._layout.kind != rows.CONVERSATIONS or not isinstance(self._rows[i], dict):
+            return []
+        return rows.turns_of(self._rows[i], self.key(i), self._layout)
 
     def __getitem__(self, i: int) -> Record:
         """Row i with its image's bytes. Raises BadRecord for a bad row or a missing image."""
@@ -287,6 +294,14 @@ class Subset:
         """The captions of row i."""
         captions, row = getattr(self._source, "captions_at", None), int(self._rows[i])
         return captions(row) if captions else self._source[row].captions
+
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation of row i, none where it has none."""
+        turns, row = getattr(self._source, "turns_at", None), int(self._rows[i])
+        if turns:
+            return turns(row)
+        record = self._source[row]
+        return turns_in(record.extra, record.key)
 
     def column(self, name: str) -> np.ndarray | None:
         """A column of the index of the source, where it has one."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 
+from vlmjax.data import conversation
+from vlmjax.data.conversation import MARK
 from vlmjax.data.formats.fields import CAPTION_COLUMNS, IMAGE_COLUMNS, KEY_COLUMNS, captions_of, tidy
 from vlmjax.data.record import Record
 from vlmjax.data.storage import files, shards
 from vlmjax.errors import BadRecord, DataError
 
 CONVERSATIONS = "conversations"
-MARK = "<image>"
-_SPEAKERS = {"human": "human", "user": "human", "gpt": "gpt", "assistant": "gpt", "system": "system"}
 
 Row = Mapping[str, Any]
 Load = Callable[[Any, str], bytes | np.ndarray]
@@ -30,16 +30,19 @@ class Layout:
     """What the columns of some rows mean.
 
     Attributes:
-        kind: "pairs" (an image and captions), "conversations" (LLaVA), "documents" (OBELICS, MMC4).
+        kind: "pairs" (an image and captions), "conversations" (LLaVA, or Hugging Face's messages), "documents"
+            (OBELICS, MMC4).
         image: the column of the image or images, None where rows have none.
         captions: the columns of captions, for pairs.
         key: the column that identifies a row, None to use the row's place.
+        talk: the column of the turns, for conversations.
     """
 
     kind: str
     image: str | None
     captions: tuple[str, ...]
     key: str | None
+    talk: str = CONVERSATIONS
 
 
 def find_layout(
@@ -61,9 +64,11 @@ def find_layout(
     """
     wanted = [caption_columns] if isinstance(caption_columns, str) else list(caption_columns or ())
     key = _look_up(row, KEY_COLUMNS)
-    if CONVERSATIONS in row and not wanted:
+    talk = next((name for name in conversation.TALKS if isinstance(row.get(name), (list, tuple))), None)
+    talk = talk or (CONVERSATIONS if CONVERSATIONS in row else None)
+    if talk and not wanted:
         image = _column(where, row, [image_column], "an image", "image_column") if image_column else None
-        return Layout(CONVERSATIONS, image or _look_up(row, IMAGE_COLUMNS) or "image", (), key)
+        return Layout(CONVERSATIONS, image or _look_up(row, IMAGE_COLUMNS) or "image", (), key, talk)
     if not wanted and not image_column and _is_document(row):
         return Layout("documents", None, (), key)
     image = _column(where, row, [image_column] if image_column else IMAGE_COLUMNS, "an image", "image_column")
@@ -136,30 +141,45 @@ def _several(images: tuple[Any, ...]) -> dict[str, Any]:
 
 def _conversation(row: Row, key: str, layout: Layout, load: Load) -> Record:
     """Captions are given only where there is a single round about an image: its answer describes the image."""
-    turns = row.get(CONVERSATIONS)
-    if not isinstance(turns, (list, tuple)) or not turns or not all(_is_turn(turn) for turn in turns):
-        raise BadRecord("bad_conversation", key, repr(turns)[:80])
-    turns = [{"from": _SPEAKERS.get(t["from"], t["from"]), "value": t["value"]} for t in turns]
-    value = row.get(layout.image)
-    images = (
-        ()
-        if value is None or (isinstance(value, (str, bytes, list)) and not value)
-        else _images(value, key, load)
-    )
+    turns = turns_of(row, key, layout)
+    images = _images(_pictures(row, layout), key, load)
     marks = sum(turn["value"].count(MARK) for turn in turns)
-    if marks > len(images):
+    if marks != len(images):
         raise BadRecord("image_marks", key, f"{marks} times {MARK} in the text, {len(images)} images")
     answers = [turn["value"] for turn in turns if turn["from"] == "gpt"]
     captions = answers if len(answers) == 1 and len(images) == 1 else []
-    extra = {n: v for n, v in row.items() if n not in (layout.image, CONVERSATIONS)}
+    extra = {n: v for n, v in row.items() if n not in (layout.image, layout.talk)}
     extra |= {CONVERSATIONS: turns} | _several(images)
     return Record(key, images[0] if images else b"", tidy(captions), extra)
 
 
-def _is_turn(turn: Any) -> bool:
-    return (
-        isinstance(turn, Mapping) and isinstance(turn.get("from"), str) and isinstance(turn.get("value"), str)
-    )
+def turns_of(row: Row, key: str, layout: Layout) -> list[dict[str, str]]:
+    """What is said in a row, of either form, in LLaVA's. Raises BadRecord, as `conversation.from_turns` does."""
+    return conversation.plain_turns(row.get(layout.talk), key)
+
+
+def _pictures(row: Row, layout: Layout) -> list[Any]:
+    """The images of a row as it holds them: in a column of their own, or inside the parts of messages."""
+    for name in dict.fromkeys((layout.image, "image", "images")):
+        value = row.get(name)
+        if isinstance(value, (list, tuple)) and len(value):
+            return list(value)
+        if isinstance(value, np.ndarray) or value:
+            return [value]
+    said = row.get(layout.talk)
+    parts = [
+        part
+        for message in (said if conversation.is_messages(said) else ())
+        if isinstance(message.get("content"), (list, tuple))
+        for part in message["content"]
+    ]
+    found = [_picture(part) for part in parts if part.get("type") in ("image", "image_url")]
+    return [one for one in found if one is not None]
+
+
+def _picture(part: Mapping[str, Any]) -> Any:
+    value = next((part[name] for name in ("image", "path", "url", "image_url") if part.get(name)), None)
+    return value.get("url") if isinstance(value, Mapping) and "url" in value else value
 
 
 def _document(row: Row, key: str, load: Load) -> Record:

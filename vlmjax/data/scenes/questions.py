@@ -8,7 +8,8 @@ from vlmjax.data.scenes.dice import Dice
 from vlmjax.data.scenes.words import RELATIONS, class_name, noun
 from vlmjax.data.scenes.world import Group, World
 
-QUESTIONS_PURPOSE = 2
+QUESTIONS_PURPOSE, CONVERSATION_PURPOSE = 2, 3
+_MOST_ROUNDS = 4
 
 
 class Question(NamedTuple):
@@ -29,6 +30,27 @@ def questions(world: World) -> tuple[Question, ...]:
         found.append(Question("word", "What colour are the letters?", world.word.colour))
     found.append(Question("background", "What colour is the background?", world.background.tone))
     return tuple(found)
+
+
+def conversation(world: World) -> list[dict[str, str]]:
+    """One to four of the questions with their answers, as {"from", "value"}: the turns of a talk about the picture.
+
+    `<image>` stands before or after the first question, as LLaVA draws it (Liu et al. 2023, section 4.2). Kinds of
+    questions are drawn first, so that a rare one (a printed word) is asked as often as one that every group gives.
+    """
+    dice = Dice(world.seed, v.SPLITS.index(world.split), world.index, CONVERSATION_PURPOSE)
+    by_kind: dict[str, list[Question]] = {}
+    for one in questions(world):
+        by_kind.setdefault(one.kind, []).append(one)
+    kinds = dice.shuffled(list(by_kind))[: 1 + dice.below(_MOST_ROUNDS)]
+    image_first, turns = dice.chance(50), []
+    for place, kind in enumerate(kinds):
+        asked = dice.pick(by_kind[kind])
+        words = asked.question
+        if not place:
+            words = f"<image>\n{words}" if image_first else f"{words}\n<image>"
+        turns += [{"from": "human", "value": words}, {"from": "gpt", "value": asked.answer}]
+    return turns
 
 
 def _names(world: World) -> dict[int, str]:

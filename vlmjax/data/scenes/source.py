@@ -17,7 +17,7 @@ from vlmjax.errors import DataError
 
 VERSION = 1  # of the drawn world: raised whenever an index stops meaning the same scene
 LENGTHS = {"train": 1_000_000, "val": 1024, "heldout": 1024}  # what len() says: the world does not end there
-CAPTIONS = ("all", "complete", "class")  # which captions a record carries
+CAPTIONS = ("all", "complete", "class", "questions")  # which texts a record carries
 SMALLEST_IMAGE = 16
 
 
@@ -100,6 +100,11 @@ class Scene:
     def qa(self) -> tuple[Question, ...]:
         """Questions with their answers: colour, shape, texture, size, count, exists, where, word, compare."""
         return questions.questions(self.world)
+
+    @property
+    def conversation(self) -> list[dict[str, str]]:
+        """Some of the questions as a talk of one to four rounds: {"from": "human" or "gpt", "value"}."""
+        return questions.conversation(self.world)
 
     @functools.cached_property
     def points(self) -> tuple[Point, ...]:
@@ -194,7 +199,8 @@ class Scenes:
                 inside things.
             captions: `all`: every caption of a scene, short and long, to train on; `complete`: the fullest
                 one, which tells a scene from all others, for retrieval; `class`: the combination of the main
-                thing ("a red star"), for zero-shot classification. None is `all` in `train`, else `complete`.
+                thing ("a red star"), for zero-shot classification; `questions`: no caption, but a conversation of
+                one to four questions and answers. None is `all` in `train`, else `complete`.
             length: what `len()` says; None is 1,000,000 in `train`, 1,024 in `val` and `heldout`.
 
         Raises:
@@ -236,6 +242,8 @@ class Scenes:
     def __getitem__(self, i: int) -> Record:
         """Record number `i`; `extra` holds `label` and `class_name` of the main thing and the whole `scene`.
 
+        And with `captions="questions"` the turns of its `conversations`.
+
         Raises:
             IndexError: `i` is negative or not below `len()`.
         """
@@ -243,6 +251,8 @@ class Scenes:
             raise IndexError(f"{self.name}: scene {i} of {self._length}")
         one = self.scene(int(i))
         extra = {"label": self._labels[one.class_name], "class_name": one.class_name, "scene": one}
+        if self.captions == "questions":
+            extra["conversations"] = one.conversation
         key = f"scenes/{self.split}/{self.style}/{self.seed}/{i}"
         return Record(key, one.image, self._captions_of(one), extra)
 
@@ -250,7 +260,13 @@ class Scenes:
         """The captions of record number `i`; nothing is drawn for them."""
         return self._captions_of(self.scene(int(i)))
 
+    def turns_at(self, i: int) -> list[dict[str, str]]:
+        """The conversation of record number `i`, none unless the set is of questions; nothing is drawn for it."""
+        return self.scene(int(i)).conversation if self.captions == "questions" else []
+
     def _captions_of(self, one: Scene) -> tuple[str, ...]:
+        if self.captions == "questions":
+            return ()
         if self.captions == "class":
             return (one.class_name,)
         return one.captions if self.captions == "all" else one.captions[:1]
@@ -259,7 +275,7 @@ class Scenes:
 def open_scenes(spec: str, *, seed: int = 0, image_size: int = 64) -> Scenes:
     """Open a spec: `scenes`, then in any order and each at most once a split, a style, a kind of captions.
 
-    `scenes:heldout`, `scenes:train:full`, `scenes:heldout:class`.
+    `scenes:heldout`, `scenes:train:full`, `scenes:heldout:class`, `scenes:train:questions`.
 
     Raises:
         DataError: a word of the spec is none of them, or two are of one kind.

@@ -1,0 +1,327 @@
+"""`python -m vlmjax.data.instruct SPEC --out=FILE --endpoint=URL --model=NAME`: conversations written from captions.
+
+A language model that sees no picture gets captions (and boxes, where the data has them) and writes one of three kinds
+of response: a conversation, a full description, or a question that takes reasoning (LLaVA, Liu et al. 2023, section 3).
+Which kind an image gets depends on its key alone. Rows are LLaVA's; started again, the command goes on where it was.
+"""
+
+import argparse
+import collections
+import concurrent.futures
+import io
+import itertools
+import json
+import os
+import re
+import sys
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, TextIO
+
+import numpy as np
+from PIL import Image
+
+from vlmjax.data import images, instruct_answers
+from vlmjax.data.instruct_answers import Rejected
+from vlmjax.data.instruct_models import Answer, Endpoint, Model, Recorded, Unanswered
+from vlmjax.data.instruct_prompts import KINDS, Context, context_of, detail_question, draw, kind_of, messages
+from vlmjax.data.pictures.signatures import EXTENSIONS, format_of
+from vlmjax.data.record import Record
+from vlmjax.data.sources import Source, key_of, open_source
+from vlmjax.errors import BadRecord, DataError, UserError
+
+_MOST_FAILURES = 20  # requests in a row without an answer: the model is not there
+_KEPT = 4000  # characters of a rejected response
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is written about what.
+
+    Attributes:
+        out: the jsonl file; rejects go to `out` + ".rejects", counts to `out` + ".counts".
+        kinds: weights of the kinds.
+        seed: of the choices that keys make.
+        image_folder: where the images of accepted rows are written, "" for nowhere.
+        record: a file that gets every response as it came, "" for none.
+        workers: requests at a time.
+        retry_rejects: ask again where the last answer was rejected.
+    """
+
+    out: str
+    kinds: Mapping[str, int] = field(default_factory=lambda: dict(KINDS))
+    seed: int = 0
+    image_folder: str = ""
+    record: str = ""
+    workers: int = 8
+    retry_rejects: bool = False
+
+
+def parse_kinds(text: str) -> dict[str, int]:
+    """Weights from "conversation:58,detail:23,reasoning:77". Raises DataError."""
+    out = {}
+    for part in filter(None, text.split(",")):
+        kind, _, weight = part.partition(":")
+        if kind not in KINDS or not weight.isdigit():
+            raise DataError(
+                f"--kinds={text}: expected such as conversation:58,detail:23,reasoning:77; found {part!r}"
+            )
+        out[kind] = int(weight)
+    if not sum(out.values()):
+        raise DataError(f"--kinds={text}: no kind has a weight above 0")
+    return out
+
+
+def write(source: Source, model: Model, job: Job, indices: Iterable[int]) -> dict[str, int]:
+    """Ask about every record that is not done yet, and append what came of it.
+
+    Returns:
+        counts: "written", "written/KIND", "done before", "bad record/REASON", "rejected/REASON", "unanswered".
+
+    Raises:
+        DataError: the model refuses, or many requests in a row get no answer; what came before is kept.
+    """
+    counts: collections.Counter[str] = collections.Counter()
+    done = _done(job.out, counts) | (set() if job.retry_rejects else _done(_rejects(job.out), counts))
+    files = {"out": job.out, "rejects": _rejects(job.out), "record": job.record}
+    opened = {name: _append(path) for name, path in files.items() if path}
+    try:
+        with concurrent.futures.ThreadPoolExecutor(job.workers) as pool:
+            try:
+                _go(pool, model, job, _asked(source, indices, done, counts), opened, counts)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        for file in opened.values():
+            file.close()
+    with open(job.out + ".counts", "w", encoding="utf-8") as file:
+        json.dump(dict(sorted(counts.items())), file, indent=1)
+    return dict(counts)
+
+
+def _go(pool: Any, model: Model, job: Job, asked: Iterator, opened: dict[str, TextIO], counts: Any) -> None:
+    failures = 0
+    while block := list(itertools.islice(asked, 4 * job.workers)):
+        # In order, so that equal runs give equal files; a block is small enough to lose to a kill.
+        answers = pool.map(lambda one: _ask(model, one[1], job), block)
+        for (record, context), (kind, answer) in zip(block, answers, strict=True):
+            if isinstance(answer, Unanswered):
+                counts["unanswered"], failures = counts["unanswered"] + 1, failures + 1
+                if failures >= _MOST_FAILURES:
+                    raise DataError(
+                        f"no answer to {failures} requests in a row, the last: {answer}; start again when it is back"
+                    )
+                continue
+            failures = 0
+            _take(record, context, kind, answer, job, opened, counts)
+
+
+def _asked(
+    source: Source, indices: Iterable[int], done: set[str], counts: Any
+) -> Iterator[tuple[Record, Context]]:
+    for i in indices:
+        try:
+            if key_of(source, i) in done:
+                continue
+            record = source[i]
+            yield record, context_of(record)
+        except BadRecord as error:
+            counts[f"bad record/{error.reason}"] += 1
+
+
+def _ask(model: Model, context: Context, job: Job) -> tuple[str, Answer | Unanswered]:
+    kind = kind_of(context.key, job.kinds, job.seed)
+    try:
+        return kind, model(messages(context, kind), context.key, kind)
+    except Unanswered as error:
+        return kind, error
+
+
+def _take(
+    record: Record,
+    context: Context,
+    kind: str,
+    answer: Answer,
+    job: Job,
+    opened: dict[str, TextIO],
+    counts: Any,
+) -> None:
+    key = context.key
+    if "record" in opened:
+        _line(opened["record"], {"id": key, "kind": kind, "response": answer.text, "cut": answer.cut})
+    try:
+        if answer.cut:
+            raise Rejected("cut_off")
+        turns = instruct_answers.read(kind, answer.text, detail_question(key, job.seed))
+        image = _save(record, job) if job.image_folder else key
+    except (Rejected, BadRecord) as error:
+        counts[f"rejected/{error.reason}"] += 1
+        told = {"reason": error.reason, "detail": error.detail, "response": answer.text[:_KEPT]}
+        _line(opened["rejects"], {"id": key, "kind": kind, **told})
+        return
+    said = instruct_answers.conversation(turns, bool(draw(key, "order", job.seed) % 2))
+    _line(opened["out"], {"id": key, "image": image, "kind": kind, "conversations": said})
+    counts["written"] += 1
+    counts[f"written/{kind}"] += 1
+
+
+def _save(record: Record, job: Job) -> str:
+    """Write the image of a record; its path as seen from the jsonl file."""
+    data, ending = record.image, "png"
+    if isinstance(data, np.ndarray):
+        packed = io.BytesIO()
+        Image.fromarray(data).save(packed, "PNG")
+        data = packed.getvalue()
+    else:
+        images.decode(data)  # a row whose image cannot be read is of no use
+        ending = EXTENSIONS.get(format_of(data), "img")
+    name = re.sub(r"[^A-Za-z0-9._-]+", "_", os.path.splitext(record.key)[0]).strip("._") or "image"
+    # Two keys may differ only in what a file name cannot hold.
+    path = os.path.join(job.image_folder, f"{name[:100]}-{draw(record.key, 'name'):08x}.{ending}")
+    os.makedirs(job.image_folder, exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(data)
+    return os.path.relpath(path, os.path.dirname(os.path.abspath(job.out)))
+
+
+def _rejects(out: str) -> str:
+    return out + ".rejects"
+
+
+def _done(path: str, counts: Any) -> set[str]:
+    """The keys in a file of an earlier run; a last line that a kill left half written is cut off."""
+    if not os.path.exists(path):
+        return set()
+    keys, end = set(), 0
+    try:
+        with open(path, "rb+") as file:
+            for line in file:
+                if line.endswith(b"\n"):
+                    keys.add(str(json.loads(line)["id"]))
+                    end += len(line)
+            file.truncate(end)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{path} is not a file of this command: {error}; name another with --out") from error
+    counts["done before"] += len(keys)
+    return keys
+
+
+def _append(path: str) -> TextIO:
+    try:
+        os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+        return open(path, "a", encoding="utf-8")
+    except OSError as error:
+        raise DataError(f"{path}: cannot be written ({error.strerror})") from error
+
+
+def _line(file: TextIO, row: dict[str, Any]) -> None:
+    file.write(json.dumps(row) + "\n")
+    file.flush()
+
+
+def write_prompts(source: Source, job: Job, indices: Iterable[int], path: str) -> int:
+    """Write the requests alone, as {"id", "kind", "messages"}, for a model that is run elsewhere; how many."""
+    number, counts = 0, collections.Counter()
+    with open(path, "w", encoding="utf-8") as file:
+        for _, context in _asked(source, indices, set(), counts):
+            kind = kind_of(context.key, job.kinds, job.seed)
+            _line(file, {"id": context.key, "kind": kind, "messages": messages(context, kind)})
+            number += 1
+    return number
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    about, _, more = __doc__.partition("\n\n")
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "python -m vlmjax.data.instruct", None, about, more, formatter_class=form, allow_abbrev=False
+    )
+    add = parser.add_argument
+    add("data", metavar="SPEC", help="images with captions, as data.train of a recipe names them")
+    add("--out", metavar="FILE", help="jsonl of conversations")
+    add("--endpoint", metavar="URL", help="of OpenAI's protocol, such as http://localhost:8000/v1")
+    add("--model", metavar="NAME", default="", help="its name at the endpoint")
+    add(
+        "--key_env",
+        metavar="NAME",
+        default="OPENAI_API_KEY",
+        help="variable that holds the key, if there is one",
+    )
+    add("--recorded", metavar="FILE", help="instead of an endpoint: jsonl of id, kind, response")
+    add(
+        "--record",
+        metavar="FILE",
+        default="",
+        help="keep every response as it came, to be read by --recorded",
+    )
+    add("--prompts", metavar="FILE", help="write the requests and ask nobody")
+    add("--images", metavar="DIR", default="", help="write the images of accepted rows there")
+    add("--kinds", default="conversation:58,detail:23,reasoning:77", help="how often each (%(default)s)")
+    add("--seed", type=int, default=0, help="of the choices that keys make (0)")
+    add("--limit", type=int, default=0, metavar="N", help="the first N records (all)")
+    add("--workers", type=int, default=8, metavar="N", help="requests at a time (8)")
+    add("--timeout", type=float, default=120.0, metavar="S", help="seconds for one try (120)")
+    add("--attempts", type=int, default=6, metavar="N", help="tries for one request (6)")
+    add("--max_tokens", type=int, default=1024, metavar="N", help="of a response (1024)")
+    add("--temperature", type=float, default=0.7, metavar="T", help="of sampling (0.7)")
+    add("--retry_rejects", action="store_true", help="ask again where the answer was rejected before")
+    return parser
+
+
+def _model(options: argparse.Namespace) -> Model:
+    if options.recorded:
+        return Recorded(options.recorded)
+    if not options.endpoint or not options.model:
+        raise DataError("nobody to ask: give --endpoint and --model, or --recorded")
+    return Endpoint(
+        options.endpoint,
+        options.model,
+        os.environ.get(options.key_env, ""),
+        timeout=options.timeout,
+        attempts=max(1, options.attempts),
+        temperature=options.temperature,
+        max_tokens=options.max_tokens,
+        seed=options.seed,
+    )
+
+
+def run(options: argparse.Namespace) -> dict[str, int]:
+    """Do what the command line says; the counts. Raises DataError."""
+    job = Job(
+        options.out or "",
+        parse_kinds(options.kinds),
+        options.seed,
+        options.images,
+        options.record,
+        max(1, options.workers),
+        options.retry_rejects,
+    )
+    source = open_source(options.data)
+    indices = range(min(options.limit, len(source)) if options.limit > 0 else len(source))
+    if options.prompts:
+        counts = {"prompts": write_prompts(source, job, indices, options.prompts)}
+    elif not job.out:
+        raise DataError("--out is not given: name the jsonl file that conversations go to")
+    else:
+        counts = write(source, _model(options), job, indices)
+    for name, number in sorted(counts.items()):
+        print(f"{number:>8}  {name}")
+    return counts
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run; user errors end as one line and a documented exit code."""
+    try:
+        run(make_parser().parse_args(arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C: the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
