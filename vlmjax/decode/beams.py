@@ -139,10 +139,10 @@ def _candidates(
     """The best extensions, best first; or as many drawn without replacement, sorted."""
     ways = len(options.eos_token_ids) + len(options.stop_sequences)
     count = max(2, 1 + ways) * options.num_beams
-    if totals.shape[1] < count:
-        count = totals.shape[1]
+    count = min(count, totals.shape[1])
     if not options.do_sample:
-        return jax.lax.top_k(totals, count)
+        scores, best = jax.lax.top_k(totals, count)
+        return scores, best
     # The largest of independently Gumbel-disturbed scores are a draw without replacement (arXiv:1903.06059).
     drawn = jax.lax.top_k(totals + jax.random.gumbel(key, totals.shape), count)[1]
     scores, order = jax.lax.top_k(jnp.take_along_axis(totals, drawn, axis=1), count)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import flax.linen as nn
 import jax
@@ -29,6 +29,7 @@ class Prompt(NamedTuple):
     segment_ids: Int[Array, "batch tokens"]
 
 
+@runtime_checkable
 class Language(Protocol):
     """What generation asks of a model. A model that has a method `language` gives its own; see `language_of`."""
 
