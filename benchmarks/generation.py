@@ -67,7 +67,9 @@ def pair(size: str, folder: Path, beams: int) -> tuple[Callable[..., np.ndarray]
     return their, our
 
 
-def measure(calls: dict[str, Callable[..., np.ndarray]], batch: int, rounds: int) -> dict[str, dict[str, float]]:
+def measure(
+    calls: dict[str, Callable[..., np.ndarray]], batch: int, rounds: int
+) -> dict[str, dict[str, float]]:
     """Milliseconds of the prompt and per further token, of each."""
     ids = np.random.default_rng(0).integers(0, VOCAB, (batch, PROMPT)).astype(np.int32)
     seconds = {(name, new): [] for name in calls for new in (1, NEW)}

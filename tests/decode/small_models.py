@@ -44,7 +44,9 @@ def prompts(seed: int = 0, side: str = "left") -> dict[str, np.ndarray]:
     mask = (np.arange(9)[None, :] >= np.array([[0], [4], [7]])).astype(np.int32)
     ids = np.where(mask == 1, ids, PAD).astype(np.int32)
     if side == "right":
-        ids, mask = (np.stack([np.roll(row, -n) for row, n in zip(x, (0, 4, 7), strict=True)]) for x in (ids, mask))
+        ids, mask = (
+            np.stack([np.roll(row, -n) for row, n in zip(x, (0, 4, 7), strict=True)]) for x in (ids, mask)
+        )
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -43,7 +43,8 @@ def ours(name, inputs, new=NEW, seed=0, weights=0, **options):
 
 def check(name, inputs, weights=0, **options):
     np.testing.assert_array_equal(
-        ours(name, inputs, weights=weights, **options), expected(pair(name, weights)[0], inputs, NEW, **options)
+        ours(name, inputs, weights=weights, **options),
+        expected(pair(name, weights)[0], inputs, NEW, **options),
     )
 
 
@@ -128,7 +129,9 @@ def test_more_beams_find_likelier_answers():
     sums = []
     for beams in (1, 4):
         out = ours("llama", prompts(), num_beams=beams)
-        sums.append(np.asarray(decode.rank(model, params, out[:, None], mask[:, None], **prompts()).sums)[:, 0])
+        sums.append(
+            np.asarray(decode.rank(model, params, out[:, None], mask[:, None], **prompts()).sums)[:, 0]
+        )
     assert (sums[1] >= sums[0] - 1e-4).all() and (sums[1] > sums[0] + 0.1).any()
 
 
@@ -140,7 +143,9 @@ def test_stop_sequences():
     assert out[0].tolist() == plain[0, : where + 2].tolist() + [PAD] * (NEW - where - 2)
     # The end of the prompt does not count as the beginning of a stop sequence.
     last = int(prompts()["input_ids"][0, -1])
-    np.testing.assert_array_equal(ours("llama", prompts(), stop_sequences=[[last, int(plain[0, 0])]])[0], plain[0])
+    np.testing.assert_array_equal(
+        ours("llama", prompts(), stop_sequences=[[last, int(plain[0, 0])]])[0], plain[0]
+    )
 
 
 def test_adjusted_scores_are_those_of_transformers():
@@ -179,7 +184,9 @@ def test_sampled_beams_are_real_hypotheses():
     np.testing.assert_array_equal(
         out, ours("llama", prompts(), num_beams=3, do_sample=True, eos_token_id=list(EOS))
     )
-    assert (out != ours("llama", prompts(), num_beams=3, do_sample=True, eos_token_id=list(EOS), seed=5)).any()
+    assert (
+        out != ours("llama", prompts(), num_beams=3, do_sample=True, eos_token_id=list(EOS), seed=5)
+    ).any()
 
 
 def test_lengths_share_programs():
@@ -207,9 +214,11 @@ def test_lengths_share_programs():
 )
 def test_misuse_is_one_line(changes, message):
     with pytest.raises(UserError) as error:
-        ours("llama", prompts() | {k: v for k, v in changes.items() if k in prompts()}, **{
-            k: v for k, v in changes.items() if k not in prompts()
-        })
+        ours(
+            "llama",
+            prompts() | {k: v for k, v in changes.items() if k in prompts()},
+            **{k: v for k, v in changes.items() if k not in prompts()},
+        )
     assert message in str(error.value)
 
 

@@ -180,7 +180,9 @@ def _can_win(options: Options, state: Beams, limit: Int[Array, ""]) -> Bool[Arra
     return (best > worst).any(axis=1, keepdims=True)
 
 
-def _of(x: Int[Array, "batch several new"], order: Int[Array, "batch chosen"]) -> Int[Array, "batch chosen new"]:
+def _of(
+    x: Int[Array, "batch several new"], order: Int[Array, "batch chosen"]
+) -> Int[Array, "batch chosen new"]:
     return jnp.take_along_axis(x, order[:, :, None], axis=1)
 
 

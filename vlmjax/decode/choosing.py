@@ -76,9 +76,7 @@ def also_seen(
     return None if seen is None else seen.at[jnp.arange(tokens.shape[0]), tokens].set(True)
 
 
-def ends(
-    options: Options, out: Int[Array, "rows new"], step: Int[Array, ""]
-) -> Bool[Array, " rows"]:
+def ends(options: Options, out: Int[Array, "rows new"], step: Int[Array, ""]) -> Bool[Array, " rows"]:
     """Whether the tokens out[:, :step + 1] end with one that ends a row, or with a stop sequence."""
     last = jax.lax.dynamic_slice_in_dim(out, step, 1, axis=1)[:, 0]
     done = jnp.zeros(last.shape, bool)

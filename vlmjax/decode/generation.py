@@ -78,7 +78,11 @@ def opened(
 
 def _longest(inputs: dict[str, Any]) -> int:
     mask = inputs.get("attention_mask")
-    return int(np.asarray(mask).sum(axis=1).max()) if mask is not None else np.shape(inputs.get("input_ids", [[]]))[-1]
+    return (
+        int(np.asarray(mask).sum(axis=1).max())
+        if mask is not None
+        else np.shape(inputs.get("input_ids", [[]]))[-1]
+    )
 
 
 def _positions(language: Language, params: Params) -> int | None:

@@ -36,7 +36,12 @@ class State:
 
 
 def start(
-    language: Language, options: Options, new: int, params: Params, inputs: Mapping[str, Any], key: Key[Array, ""]
+    language: Language,
+    options: Options,
+    new: int,
+    params: Params,
+    inputs: Mapping[str, Any],
+    key: Key[Array, ""],
 ) -> State:
     """Read the prompts and choose the first token; there is room for `new` of them."""
     cache, logits, positions = prefill(language, params, inputs, new)

@@ -40,7 +40,11 @@ class Options:
         """Refuse what has no meaning."""
         for name, fits, wanted in (
             ("num_beams", self.num_beams >= 1, "1 or more"),
-            ("temperature", self.temperature > 0, "above 0, or leave out do_sample to take the likeliest token"),
+            (
+                "temperature",
+                self.temperature > 0,
+                "above 0, or leave out do_sample to take the likeliest token",
+            ),
             ("top_k", self.top_k >= 0, "0 for no limit, or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is none"),
@@ -66,7 +70,9 @@ def make_options(
     known = {field.name for field in dataclasses.fields(Options)} - {"eos_token_ids"}
     for name in rest:
         if name not in known:
-            raise UserError(f"generation has no option {name!r}; it has {', '.join(sorted(known))}, eos_token_id")
+            raise UserError(
+                f"generation has no option {name!r}; it has {', '.join(sorted(known))}, eos_token_id"
+            )
     given = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else eos_token_id
     ends = tuple(int(one) for one in given)
     if pad_token_id is None:

@@ -32,10 +32,14 @@ def bucketed(inputs: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(f"input_ids has shape {np.shape(ids)}; give [batch, tokens], both at least 1")
     mask = np.asarray(inputs.get("attention_mask", np.ones(np.shape(ids), np.int32)))
     if mask.shape != np.shape(ids):
-        raise UserError(f"attention_mask has shape {mask.shape}, input_ids {np.shape(ids)}; give one of that shape")
+        raise UserError(
+            f"attention_mask has shape {mask.shape}, input_ids {np.shape(ids)}; give one of that shape"
+        )
     empty = np.flatnonzero(~(mask != 0).any(axis=1))
     if empty.size:
-        raise UserError(f"row {empty[0]} of attention_mask is all padding; give every prompt a token, e.g. bos")
+        raise UserError(
+            f"row {empty[0]} of attention_mask is all padding; give every prompt a token, e.g. bos"
+        )
     shape, more = np.shape(ids), bucket(np.shape(ids)[1]) - np.shape(ids)[1]
     out = dict(inputs) | {"attention_mask": mask.astype(np.int32)}
     for name, value in out.items():

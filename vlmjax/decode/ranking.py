@@ -56,7 +56,9 @@ def rank(
             f"candidates_ids has shape {ids.shape}; give [candidates, tokens] or [{batch}, candidates, tokens]"
         )
     if mask.shape != ids.shape:
-        raise UserError(f"candidates_mask has shape {mask.shape}, candidates_ids {ids.shape}; give one of that shape")
+        raise UserError(
+            f"candidates_mask has shape {mask.shape}, candidates_ids {ids.shape}; give one of that shape"
+        )
     if (np.diff(mask.astype(np.int32), axis=-1) > 0).any():
         raise UserError("candidates_mask has padding before a token; pad answers on the right")
     language, _, inputs = opened(model, params, ids.shape[-1], inputs)

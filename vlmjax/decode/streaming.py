@@ -46,7 +46,9 @@ def stream(
     """
     language, options, inputs = opened(model, params, max_new_tokens, inputs_and_options)
     if options.num_beams > 1:
-        raise UserError(f"num_beams is {options.num_beams}: beams cannot be streamed; give 1, or use generate")
+        raise UserError(
+            f"num_beams is {options.num_beams}: beams cannot be streamed; give 1, or use generate"
+        )
     key = jax.random.key(seed)
     step = _start(language, options, bucket(max_new_tokens), params, inputs, key)
     return _tokens(language, options, params, step, max_new_tokens)
@@ -84,7 +86,10 @@ class TextStream:
         """The text that this token brings, perhaps none yet."""
         self._ids.append(int(token))
         # Decoded with some tokens before it: tokenizers treat the first word of a text in their own way.
-        known, now = self._decode(self._ids[self._before : self._read]), self._decode(self._ids[self._before :])
+        known, now = (
+            self._decode(self._ids[self._before : self._read]),
+            self._decode(self._ids[self._before :]),
+        )
         if now.endswith("\ufffd") or len(now) <= len(known):
             return ""
         self._before, self._read = self._read, len(self._ids)
@@ -92,7 +97,10 @@ class TextStream:
 
     def end(self) -> str:
         """What was held back, when no more tokens come."""
-        known, now = self._decode(self._ids[self._before : self._read]), self._decode(self._ids[self._before :])
+        known, now = (
+            self._decode(self._ids[self._before : self._read]),
+            self._decode(self._ids[self._before :]),
+        )
         self._before = self._read = len(self._ids)
         out = self._give(now[len(known) :])
         rest, self._held = ("" if self.stopped else self._held), ""
