@@ -2,8 +2,9 @@
 
 `python benchmarks/generation.py --out=generation.json` makes a random Llama of each size once, loads it in both, and
 times `generate` greedily, `--rounds` times in turn, with 1 and with all new tokens: the first is the time of the
-prompt, the difference that of the others. Medians, and ratios theirs / ours: above 1 we are faster. Both have
-`--threads` threads (XLA takes all cores), float32, and nothing ends a row early. Compiling is not counted; the first call of each is dropped.
+prompt, the difference that of the others. Medians, and ratios theirs / ours: above 1 we are faster. torch has
+`--threads` threads, XLA all cores; both compute in float32, and nothing ends a row early. Compiling is not counted:
+the first call of each is dropped.
 """
 
 import argparse
@@ -22,6 +23,7 @@ VOCAB, PROMPT, NEW = 8192, 128, 64
 
 
 def arguments() -> argparse.Namespace:
+    """What to measure."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
@@ -87,6 +89,7 @@ def measure(
 
 
 def main() -> None:
+    """Measure, print a line per size and batch, write them all."""
     given = arguments()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import torch

@@ -119,8 +119,8 @@ def _template(options: flags.FlagValues, pieces: Any) -> tuple[Any, str]:
 
 def _stops(pieces: Any, stop: str) -> tuple[list[int], list[str]]:
     """What ends an answer, as tokens and as texts."""
-    from vlmjax.data.conversation_templates import CONTROL
     from vlmjax.data.conversation import written
+    from vlmjax.data.conversation_templates import CONTROL
 
     found = pieces.readable(written(stop, CONTROL))
     tokens = [pieces.token(one.text) for one in found if one.kind == "token"]

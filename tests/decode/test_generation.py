@@ -10,8 +10,12 @@ import pytest
 pytest.importorskip("torch")
 
 import torch
-from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
-from transformers import TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from tests.decode.small_models import MODELS, PAD, VOCAB, expected, pair, prompts
 from vlmjax import decode
