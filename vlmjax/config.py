@@ -28,6 +28,15 @@ TOWER_SHARDING = (
     (r".*", ()),
 )
 
+# The same for language models. A head is laid out as the embedding; both are cut along the vocabulary as well. Biases,
+# which Llama has none of, are copied.
+DECODER_SHARDING = (
+    (r".*/(q_proj|k_proj|v_proj|gate_proj|up_proj|fc1)/kernel", (None, "fsdp", "tensor")),
+    (r".*/(o_proj|down_proj|fc2)/kernel", (None, "tensor", "fsdp")),
+    (r"(.*/)?(token_embedding|lm_head)", ("tensor", "fsdp")),
+    (r".*", ()),
+)
+
 
 def duration(
     steps: int | None = None, examples: int | None = None, epochs: float | int | None = None

@@ -17,6 +17,7 @@ from vlmjax.models.decoder import Decoder
 from vlmjax.models.decoders import DECODERS
 from vlmjax.ops.rotary import Rope
 
+LLAMA3 = Rope(5e5, "llama3", 8.0, 1.0, 4.0, 8192)
 SCALED = {
     "factor": 8.0,
     "low_freq_factor": 1.0,

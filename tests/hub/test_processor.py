@@ -14,6 +14,7 @@ from vlmjax.data.images import EvalTransform
 from vlmjax.errors import HubError
 from vlmjax.hub import folder as hub_folder
 from vlmjax.models.clip import Clip, ClipConfig, ClipText
+from vlmjax.models.decoder import Decoder
 
 CAPTIONS = [
     "a red circle above a blue square",
@@ -220,3 +221,18 @@ def test_the_form_of_2021(tmp_path):
     }
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(old))
     assert hub.load_processor(tmp_path) == (None, EvalTransform(224, (224, 224)))
+
+
+def test_a_language_model_keeps_its_tokenizer_and_refuses_a_larger_one(tokenizer, tmp_path):
+    config = dataclasses.replace(models.LLAMA, vocab_size=tokenizer.vocab_size)
+    model = Decoder(config)
+    shapes = hub_folder.abstract_params(hub_folder.family_of(model), model)
+    params = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), shapes)
+    hub.save(model, params, tmp_path, tokenizer=tokenizer)
+    words, transform = hub.load_processor(tmp_path)
+    assert transform is None and words.max_length == config.max_length
+    assert words.encode(CAPTIONS[0]) == tokenizer.encode(CAPTIONS[0])
+    with pytest.raises(HubError, match="the model 50; it is another model's tokenizer"):
+        hub.save(models.MODELS["LlamaForCausalLM"], models.params_of("LlamaForCausalLM"), tmp_path, tokenizer)
+    with pytest.raises(HubError, match="LlamaForCausalLM has no images"):
+        hub.save(model, params, tmp_path, image_processor=IMAGES)

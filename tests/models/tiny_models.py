@@ -28,7 +28,7 @@ def images(batch=2, height=16, width=24):
 
 def make_params(model, *inputs, seed=0, **named):
     """Random parameters of the model's shapes (nothing is compiled); no bias or scale is at its start."""
-    shapes = jax.eval_shape(model.init, jax.random.key(0), *inputs, **named)["params"]
+    shapes = jax.eval_shape(lambda: model.init(jax.random.key(0), *inputs, **named))["params"]
     rng = np.random.default_rng(seed)
 
     def draw(path, leaf):

@@ -108,3 +108,54 @@ def test_masks_and_heads():
     assert split_heads(x, 3).shape == (1, 2, 3, 4)
     np.testing.assert_array_equal(split_heads(x, 3)[0, 0, 1], [4.0, 5.0, 6.0, 7.0])
     np.testing.assert_array_equal(merge_heads(split_heads(x, 3)), x)
+
+
+SEGMENTS = np.array([[1, 1, 1, 2, 2, 2, 2, 0, 0], [0, 0, 3, 3, 3, 3, 3, 5, 5]], np.int32)
+
+
+def seen_by(tokens, window, segments):
+    """Which token may look at which, one pair after the other."""
+    allowed = np.zeros((2, 1, tokens, tokens), bool)
+    for b, i, j in np.ndindex(2, tokens, tokens):
+        near = j <= i and (window is None or i - j < window)
+        together = segments is None or segments[b, i] == segments[b, j] != 0
+        allowed[b, 0, i, j] = near and together
+    return allowed
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 6])
+@pytest.mark.parametrize("window", [None, 1, 3])
+@pytest.mark.parametrize("segments", [None, SEGMENTS])
+def test_shared_heads_windows_and_segments(kv_heads, window, segments):
+    q = draw(9, 9, heads=6)[0]
+    k, v = draw(9, 9, heads=kv_heads, seed=1)[1:]
+    given = None if segments is None else jnp.asarray(segments)
+    got = attention(*map(jnp.asarray, (q, k, v)), causal=True, window=window, segment_ids=given)
+    repeated = [np.repeat(x, 6 // kv_heads, axis=2) for x in (k, v)]
+    allowed = seen_by(9, window, segments)
+    empty = ~allowed.any(-1)[:, 0]
+    full = np.broadcast_to(allowed | empty[:, None, :, None], (2, 6, 9, 9))
+    want = slow_attention(q, *repeated, full, np.zeros((2, 6, 9, 9)), 0.5)
+    want[empty] = 0.0
+    np.testing.assert_allclose(got, want, atol=2e-6)
+    assert empty.any() == (segments is not None)
+
+
+def test_shared_heads_are_not_repeated():
+    """Keys and values go into products as they are."""
+    q, k, v = (jnp.zeros((1, 8, heads, 16)) for heads in (8, 2, 2))
+    program = jax.make_jaxpr(jax.jit(lambda *x: attention(*x, causal=True), inline=True))(q, k, v).jaxpr
+    assert users(program, program.invars[1:]) == {"dot_general"}
+
+
+def users(program, variables):
+    """Names of the primitives that take one of these variables, inside called functions too."""
+    names = set()
+    for equation in program.eqns:
+        taken = [i for i, x in enumerate(equation.invars) if any(x is variable for variable in variables)]
+        inner = equation.params.get("jaxpr")
+        if taken and inner is not None:
+            names |= users(inner.jaxpr, [inner.jaxpr.invars[i] for i in taken])
+        elif taken:
+            names.add(equation.primitive.name)
+    return names

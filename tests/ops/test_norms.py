@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from vlmjax.ops.norms import l2_normalize, layer_norm
+from vlmjax.ops.norms import l2_normalize, layer_norm, rms_norm
 
 
 @pytest.mark.parametrize("offset", [0.0, 100.0])
@@ -43,3 +43,18 @@ def test_l2_normalize_of_zeros_is_zeros_with_finite_gradient():
     value, grad = jax.value_and_grad(lambda x: l2_normalize(x).sum())(jnp.zeros((2, 4)))
     assert value == 0.0
     assert np.isfinite(grad).all()
+
+
+def test_rms_norm_divides_in_float32_and_rounds_before_it_scales():
+    x = np.random.default_rng(3).normal(size=(2, 5, 64)) + 1.0
+    scale = np.random.default_rng(4).uniform(0.5, 2.0, 64)
+    unit = x / np.sqrt((x**2).mean(-1, keepdims=True) + 0.1)
+    got = rms_norm(jnp.asarray(x, jnp.float32), jnp.asarray(scale, jnp.float32), 0.1)
+    np.testing.assert_allclose(got, unit * scale, rtol=2e-6)
+    rough, wide = jnp.asarray(x, jnp.bfloat16), jnp.asarray(scale, jnp.float32)
+    exact = np.asarray(rough, np.float64)
+    exact = exact / np.sqrt((exact**2).mean(-1, keepdims=True) + 0.1)
+    want = jnp.asarray(exact, jnp.float32).astype(jnp.bfloat16) * wide.astype(jnp.bfloat16)[None, None]
+    got = rms_norm(rough, wide, 0.1)
+    assert got.dtype == jnp.bfloat16
+    assert (np.asarray(got) == np.asarray(want)).mean() > 0.99  # a tie may be rounded to either side

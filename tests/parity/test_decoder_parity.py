@@ -1,4 +1,4 @@
-"""Decoders against transformers: logits, loss and all gradients, padding on both sides, with and without a cache."""
+"""Decoders against transformers: logits, loss and all gradients, padding on both sides, cached or not, both ways."""
 
 import functools
 
@@ -16,6 +16,7 @@ from compare import close, compiled, gradients
 
 from vlmjax import hub
 from vlmjax.hub import llama, opt
+from vlmjax.losses.token_cross_entropy import token_cross_entropy
 from vlmjax.models.decoder import init_cache, text_positions
 
 TOLERANCE = 2e-5
@@ -115,12 +116,20 @@ def test_loss_and_every_gradient(name, load):
     reference.zero_grad()
     expected = reference(**tiny.to_torch(inputs | {"labels": labels})).loss
     expected.backward()
-    counted = labels[:, 1:] >= 0
+    counted = (labels[:, 1:] >= 0).astype(np.float32)
+
+    def hidden_and_head(model):
+        mask = jnp.asarray(inputs["attention_mask"])
+        x = model.embed(inputs["input_ids"])
+        return model(x, positions=text_positions(mask), segment_ids=mask)[0], model.head_kernel()
 
     def loss(params):
-        scores = model.apply({"params": params}, **inputs, method="causal_lm")[:, :-1]
-        chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), jnp.maximum(labels[:, 1:], 0)[..., None], 2)
-        return -jnp.where(counted, chosen[..., 0], 0.0).sum() / float(counted.sum())
+        hidden, kernel = model.apply({"params": params}, method=hidden_and_head)
+        states = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+        sums = token_cross_entropy(
+            states, kernel, jnp.asarray(labels[:, 1:].ravel()), jnp.asarray(counted.ravel()), chunk=7
+        )
+        return sums.loss / sums.weight
 
     value, grads = compiled(jax.value_and_grad(loss))(params)
     close(value, expected, TOLERANCE)

@@ -17,18 +17,21 @@ class Cache:
     """What a decoder remembers of each row, in slots that all rows fill together.
 
     Attributes:
-      k: keys, already turned by their positions.
-      v: values.
-      segment_ids: number of the document that the token of a slot belongs to; 0 is padding or an empty slot.
-      positions: of the tokens; a sliding window is measured in them, so padding between tokens does not count.
-      length: the next slot. A call with n tokens fills slots length .. length + n - 1 of every row.
+      k: keys, already turned by their positions, [layers, batch, slots, kv_heads, head_dim].
+      v: values, the same shape.
+      segment_ids: number of the document that the token of a slot belongs to, int32 [batch, slots]; 0 is padding or an
+        empty slot.
+      positions: of the tokens, int32 [batch, slots]; a sliding window is measured in them, so padding between tokens
+        does not count.
+      length: the next slot, int32 []. A call with n tokens fills slots length .. length + n - 1 of every row.
     """
 
-    k: Float[Array, "layers batch slots kv_heads head_dim"]
-    v: Float[Array, "layers batch slots kv_heads head_dim"]
-    segment_ids: Int[Array, "batch slots"]
-    positions: Int[Array, "batch slots"]
-    length: Int[Array, ""]
+    # Any: transformations also put shapes, shardings and axes into these fields.
+    k: Any
+    v: Any
+    segment_ids: Any
+    positions: Any
+    length: Any
 
     @property
     def slots(self) -> int:

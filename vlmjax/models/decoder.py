@@ -13,6 +13,7 @@ from vlmjax.models.cache import Cache, admit, cache_mask, empty_cache, write
 from vlmjax.models.layers import DTYPES, REMAT, Ids, LayerNorm, RmsNorm, heads_of, lookup, stack, stream
 from vlmjax.ops.activations import ACTIVATIONS
 from vlmjax.ops.attention import attention, merge_heads
+from vlmjax.ops.flash import IMPLEMENTATIONS
 from vlmjax.ops.rotary import Rope, angles, rotate
 from vlmjax.sharding.activations import constrain
 
@@ -39,6 +40,7 @@ class DecoderConfig:
       embed_dim: width of token embedding and head where it is not the model's (opt-350m); None is the same.
       bos_token_id, eos_token_ids, pad_token_id: the tokenizer's; kept for generation, the model does not use them.
       family: one of FAMILIES, whose Hugging Face class it is written as. It decides nothing else.
+      attention: what computes it without a cache, one of ops.flash.IMPLEMENTATIONS; `choose_attention` there picks.
     """
 
     width: int
@@ -67,6 +69,7 @@ class DecoderConfig:
     eos_token_ids: tuple[int, ...] = (2,)
     pad_token_id: int | None = None
     family: str = "llama"
+    attention: str = "xla"
     dtype: str = "float32"
     remat: str = "none"
 
@@ -83,13 +86,8 @@ class DecoderConfig:
             )
         if self.rope is not None and self.head_dim % 2:
             raise RecipeError(f"DecoderConfig.head_dim {self.head_dim} is odd; rotary positions turn pairs")
-        tables = {
-            "activation": ACTIVATIONS,
-            "norm": NORMS,
-            "family": FAMILIES,
-            "dtype": DTYPES,
-            "remat": REMAT,
-        }
+        tables = {"activation": ACTIVATIONS, "norm": NORMS, "family": FAMILIES, "attention": IMPLEMENTATIONS}
+        tables |= {"dtype": DTYPES, "remat": REMAT}
         for field, known in tables.items():
             if getattr(self, field) not in known:
                 raise RecipeError(
@@ -142,7 +140,8 @@ class DecoderAttention(nn.Module):
         if shared.angles is not None:
             q, k = rotate(q, shared.angles), rotate(k, shared.angles)
         if kept is None:
-            mixed = attention(q, k, v, causal=True, window=cfg.window, segment_ids=shared.segment_ids)
+            form = {"causal": True, "window": cfg.window, "implementation": cfg.attention}
+            mixed = attention(q, k, v, segment_ids=shared.segment_ids, **form)
         else:
             kept = kept._replace(
                 k=write(kept.k, k, kept.layer, shared.slot), v=write(kept.v, v, kept.layer, shared.slot)

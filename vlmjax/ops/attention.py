@@ -4,6 +4,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key
 
+from vlmjax.ops import flash
+
+KERNELS = {"cudnn": flash.cudnn, "splash": flash.splash}
+
 
 def attention(
     q: Float[Array, "batch queries heads head_dim"],
@@ -18,6 +22,7 @@ def attention(
     scale: float | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Key[Array, ""] | None = None,
+    implementation: str = "xla",
 ) -> Float[Array, "batch queries heads head_dim"]:
     """Mix `v` with the weights softmax(scale * q.k + bias), scores and softmax in float32.
 
@@ -29,8 +34,23 @@ def attention(
     repeated in memory. A query that may look nowhere gives zeros and passes no gradient (as torch's
     scaled_dot_product_attention does), never NaN.
     `dropout_rate` above zero needs `dropout_key` and drops weights, keeping their expectation.
+    `implementation` is one of flash.IMPLEMENTATIONS (`flash.choose_attention` picks one for a mesh): others than xla
+    are for causal attention of tokens among themselves, without mask, bias or dropout.
     The result has the dtype of `v`.
     """
+    if implementation != "xla":
+        if (
+            not causal
+            or q.shape[1] != k.shape[1]
+            or mask is not None
+            or bias is not None
+            or dropout_rate > 0.0
+        ):
+            raise ValueError(
+                f"attention by {implementation!r} is causal, of tokens among themselves, without mask, bias or "
+                "dropout; use implementation='xla' here"
+            )
+        return KERNELS[implementation](q, k, v, window=window, segment_ids=segment_ids, scale=scale)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     scores = _scores(q, k) * scale
     if bias is not None:

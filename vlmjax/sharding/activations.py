@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -30,19 +30,51 @@ def constrain(x: Any, *names: str | None) -> Any:
       names: for each dimension a name in ACTIVATIONS, or None. A dimension that its axes do not divide (the one
         example that parameters are made with) stays whole, and so does one whose axes the mesh lacks.
     """
+    free = _free_axes()
+    if not free:
+        return x
+    return jax.lax.with_sharding_constraint(x, _spec(x.shape, names, free))
+
+
+def on_each_device(function: Callable, names: Sequence[Sequence[str | None]], *arrays: Any) -> Any:
+    """`function` of each device's own parts of the arrays, for kernels that the compiler cannot distribute.
+
+    Args:
+      function: no two parts may need each other; its result is cut as the first array is.
+      names: for each array the names of its dimensions, as `constrain` takes them.
+    """
+    free = _free_axes()
+    if not free:
+        return function(*arrays)
+    specs = tuple(_spec(x.shape, dims, free) for x, dims in zip(arrays, names, strict=True))
+    # Kernels do not say over which axes their results vary.
+    return jax.shard_map(function, in_specs=specs, out_specs=specs[0], check_vma=False)(*arrays)
+
+
+def _spec(shape: Sequence[int], names: Sequence[str | None], free: dict[str, int]) -> PartitionSpec:
+    spec = []
+    for size, name in zip(shape, names, strict=True):
+        axes = tuple(axis for axis in ACTIVATIONS[name] if axis in free) if name else ()
+        spec.append(axes if size % math.prod(free[axis] for axis in axes) == 0 else None)
+    return PartitionSpec(*spec)
+
+
+def parts(name: str) -> int:
+    """How many parts a dimension of this name is cut into by the mesh in context; 1 without one."""
+    free = _free_axes()
+    return math.prod(free[axis] for axis in ACTIVATIONS[name] if axis in free)
+
+
+def _free_axes() -> dict[str, int]:
+    """Axes of the mesh in context that the compiler distributes over, and their sizes."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
-        return x
-    free = {
+        return {}
+    return {
         name: mesh.shape[name]
         for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True)
         if kind == AxisType.Auto  # inside a shard_map the arrays are parts already
     }
-    spec = []
-    for size, name in zip(x.shape, names, strict=True):
-        axes = tuple(axis for axis in ACTIVATIONS[name] if axis in free) if name else ()
-        spec.append(axes if size % math.prod(free[axis] for axis in axes) == 0 else None)
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*spec)) if free else x
 
 
 def on_mesh(mesh: Mesh) -> Callable[[Callable], Callable]:
