@@ -4,6 +4,7 @@ COMMANDS = {
     "main": "train a recipe         --config=configs/quickstart.py --workdir=runs/quickstart",
     "plan": "compile for other devices  --config=configs/clip_vitl.py --topology=v5e:16x16",
     "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout:class",
+    "generate": "text from a model      --model=FOLDER --image=a.jpg --prompt='What is this?'",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "checkpoint": "verify, diff, average  verify runs/quickstart",
     "data.stats": "what a source holds    scenes:heldout --limit=200",

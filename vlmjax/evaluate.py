@@ -46,18 +46,14 @@ flags.DEFINE_bool(
 )
 
 
-def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
-    """Read a run or a Hugging Face folder: (model, params on every device, tokenizer, eval transform).
+def read_model(path: str) -> tuple[Any, Any, Any, Any]:
+    """Read a run or a Hugging Face folder: (model, params, tokenizer, eval transform); the last two may be None.
 
     Raises:
         CheckpointError: a folder that is neither.
-        DataError: a model that is no dual encoder of images and texts.
     """
-    import jax
-
     from vlmjax import hub
     from vlmjax.export import load_workdir
-    from vlmjax.sharding.mesh import replicated
 
     path = path if "://" in path else os.path.expanduser(path)
     folder = Path(path)
@@ -65,17 +61,29 @@ def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
     if is_run and not (folder / "checkpoints").is_dir() and (folder / "hf" / "config.json").is_file():
         is_run, path = False, str(folder / "hf")
     if is_run:
-        model, params, tokenizer, transform = load_workdir(path)
-    elif folder.is_dir() and not (folder / "config.json").is_file():
+        return load_workdir(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
         raise CheckpointError(
             f"--model={path}: neither a run (recipe.json) nor a Hugging Face folder (config.json)"
         )
-    else:
-        model, params = hub.load(path)
-        tokenizer, transform = hub.load_processor(path)
-        if tokenizer is None or transform is None:
-            lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
-            raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
+    return *hub.load(path), *hub.load_processor(path)
+
+
+def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
+    """Read a dual encoder: (model, params on every device, tokenizer, eval transform).
+
+    Raises:
+        CheckpointError: a folder that is neither a run nor a Hugging Face folder.
+        DataError: a model that is no dual encoder of images and texts, or one without its processor.
+    """
+    import jax
+
+    from vlmjax.sharding.mesh import replicated
+
+    model, params, tokenizer, transform = read_model(path)
+    if tokenizer is None or transform is None:
+        lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
+        raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
     for method in ("encode_image", "encode_text"):
         if not hasattr(model, method):
             raise DataError(f"--model={path}: {type(model).__name__} has no {method}; both towers are needed")

@@ -274,14 +274,26 @@ class Decoder(nn.Module):
         scores = jnp.einsum("bld,dv->blv", hidden, kernel, preferred_element_type=jnp.float32)
         return constrain(scores, "batch", None, "vocab")
 
-    def causal_lm(
+    def prepare(
         self, input_ids: Ids, attention_mask: Ids | None = None
-    ) -> Float[Array, "batch tokens vocab"]:
-        """Logits of whole texts, padded on either side. Positions count the tokens that `attention_mask` keeps."""
+    ) -> tuple[
+        Float[Array, "batch tokens width"], Int[Array, "batch tokens"], Int[Array, "batch tokens"] | None
+    ]:
+        """Texts, padded on either side, as a call takes them: embeddings, positions, segment_ids.
+
+        Positions count the tokens that `attention_mask` keeps; without one there are no segments.
+        """
         ids = jnp.asarray(input_ids)
         mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
         segments = None if attention_mask is None else (mask != 0).astype(jnp.int32)
-        hidden, _ = self(self.embed(ids), positions=text_positions(mask), segment_ids=segments)
+        return self.embed(ids), text_positions(mask), segments
+
+    def causal_lm(
+        self, input_ids: Ids, attention_mask: Ids | None = None
+    ) -> Float[Array, "batch tokens vocab"]:
+        """Logits of whole texts, padded on either side."""
+        embeddings, positions, segments = self.prepare(input_ids, attention_mask)
+        hidden, _ = self(embeddings, positions=positions, segment_ids=segments)
         return self.logits(hidden)
 
 

@@ -1,0 +1,98 @@
+"""Token after token, one per row: what `generate` runs inside one program and `stream` one step at a time."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Bool, Float, Int, Key
+
+from vlmjax.decode import choosing
+from vlmjax.decode.language import Language, Params, advance, prefill
+from vlmjax.decode.options import Options
+from vlmjax.models.cache import Cache
+
+
+@struct.dataclass
+class State:
+    """Where generation stands.
+
+    Attributes:
+      out: new tokens, padding where there is none yet.
+      positions: of each row's next token.
+      done: rows that have ended.
+      seen: tokens of prompt and answer, for a repetition penalty.
+      step: how many tokens there are.
+    """
+
+    cache: Cache
+    out: Int[Array, "rows new"]
+    positions: Int[Array, " rows"]
+    done: Bool[Array, " rows"]
+    seen: Bool[Array, "rows vocab"] | None
+    step: Int[Array, ""]
+    key: Key[Array, ""]
+
+
+def start(
+    language: Language,
+    options: Options,
+    new: int,
+    params: Params,
+    inputs: Mapping[str, Any],
+    key: Key[Array, ""],
+) -> State:
+    """Read the prompts and choose the first token; there is room for `new` of them."""
+    cache, logits, positions = prefill(language, params, inputs, new)
+    rows, vocab = logits.shape
+    state = State(
+        cache=cache,
+        out=jnp.full((rows, new), options.pad_token_id, jnp.int32),
+        positions=positions,
+        done=jnp.zeros((rows,), bool),
+        seen=choosing.seen_in(options, inputs["input_ids"], inputs["attention_mask"], vocab),
+        step=jnp.zeros((), jnp.int32),
+        key=key,
+    )
+    return take(options, state, logits)
+
+
+def take(options: Options, state: State, logits: Float[Array, "rows vocab"]) -> State:
+    """Choose the next token of each row, padding where it has ended."""
+    # A key per step, not a chain of splits: a stream and a program that runs ahead draw the same.
+    key = jax.random.fold_in(state.key, state.step)
+    tokens = choosing.choose(options, logits, state.seen, key)
+    tokens = jnp.where(state.done, options.pad_token_id, tokens)
+    out = jax.lax.dynamic_update_slice(state.out, tokens[:, None], (jnp.zeros((), jnp.int32), state.step))
+    return state.replace(
+        out=out,
+        done=state.done | choosing.ends(options, out, state.step),
+        seen=choosing.also_seen(state.seen, tokens),
+        step=state.step + 1,
+    )
+
+
+def step(language: Language, options: Options, params: Params, state: State) -> State:
+    """One more token per row."""
+    tokens = jax.lax.dynamic_slice_in_dim(state.out, state.step - 1, 1, axis=1)[:, 0]
+    logits, cache = advance(language, params, tokens, state.positions, state.cache)
+    return take(options, state.replace(cache=cache, positions=state.positions + 1), logits)
+
+
+def run(
+    language: Language,
+    options: Options,
+    new: int,
+    params: Params,
+    inputs: Mapping[str, Any],
+    limit: Int[Array, ""],
+    key: Key[Array, ""],
+) -> Int[Array, "rows new"]:
+    """All tokens: at most `limit` per row, fewer once every row has ended."""
+    state = start(language, options, new, params, inputs, key)
+
+    def going(state: State) -> Bool[Array, ""]:
+        return (state.step < limit) & ~state.done.all()
+
+    return jax.lax.while_loop(going, lambda state: step(language, options, params, state), state).out

@@ -1,0 +1,328 @@
+"""`python -m vlmjax.generate --model=FOLDER --prompt="..."`: text from a language model, about images where it sees."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from absl import flags
+
+from vlmjax.errors import BadRecord, DataError, Stopped, UserError
+
+# Flags of this command alone, so that commands can be imported side by side.
+FLAGS = flags.FlagValues()
+OWN, RAW, AUTO = "tokenizer", "none", "auto"
+
+
+def _string(name: str, default: str | None, text: str) -> None:
+    flags.DEFINE_string(name, default, text, flag_values=FLAGS)
+
+
+_string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Face folder or hub id.")
+_string(
+    "prompt",
+    None,
+    "What to continue or to answer; <image> is where an image stands, otherwise they come first.",
+)
+flags.DEFINE_multi_string("image", [], "An image file; give it again for the next one.", flag_values=FLAGS)
+flags.DEFINE_bool("chat", False, "Talk: a line is a turn. /image FILE, /clear, /exit.", flag_values=FLAGS)
+_string(
+    "template",
+    AUTO,
+    "Words around a turn: v1, chatml, ...; tokenizer: its own; none: the prompt as it is. auto: the tokenizer's own "
+    "where it has one, else none.",
+)
+_string("system", "", "System message in place of the template's.")
+flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", 1, flag_values=FLAGS)
+flags.DEFINE_float(
+    "temperature", 0.0, "0: the likeliest token; above: draw, the higher the wilder.", 0.0, flag_values=FLAGS
+)
+flags.DEFINE_integer("top_k", 0, "Draw from so many likeliest tokens; 0 = all.", 0, flag_values=FLAGS)
+flags.DEFINE_float(
+    "top_p", 1.0, "Draw from the likeliest tokens that hold this probability.", flag_values=FLAGS
+)
+flags.DEFINE_float("repetition_penalty", 1.0, "Above 1: fewer repetitions.", flag_values=FLAGS)
+flags.DEFINE_integer("num_beams", 1, "Above 1: beam search, shown when it is done.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("seed", 0, "Of what is drawn.", flag_values=FLAGS)
+flags.DEFINE_multi_string(
+    "stop", [], "A text that ends the answer; give it again for another.", flag_values=FLAGS
+)
+
+
+class Speaker(NamedTuple):
+    """A model that has been opened, and what stands between it and text."""
+
+    name: str
+    model: Any
+    params: Any
+    tokenizer: Any
+    transform: Any
+    pieces: Any
+    template: Any
+    ends: tuple[int, ...]
+    stops: tuple[str, ...]
+    longest: int
+
+
+def open_speaker(options: flags.FlagValues) -> Speaker:
+    """Read the model that the flags name. Raises UserError for one that writes no text."""
+    import jax
+
+    from vlmjax.data.pieces import Pieces
+    from vlmjax.decode.language import DecoderLanguage, language_of
+    from vlmjax.evaluate import read_model
+
+    model, params, tokenizer, transform = read_model(options.model)
+    try:
+        language = language_of(model)
+    except UserError as error:
+        raise UserError(f"--model={options.model}: {error}") from None
+    if tokenizer is None:
+        raise DataError(f"--model={options.model}: has no tokenizer; save the model with it")
+    config = language.config(params) if isinstance(language, DecoderLanguage) else model.config
+    pieces = Pieces(tokenizer)
+    template, stop = _template(options, pieces)
+    tokens, texts = _stops(pieces, stop)
+    ends = dict.fromkeys((*config.eos_token_ids, *tokens, pieces.eos_token_id))
+    return Speaker(
+        name=options.model,
+        model=model,
+        params=jax.device_put(params),
+        tokenizer=tokenizer,
+        transform=transform,
+        pieces=pieces,
+        template=template,
+        ends=tuple(one for one in ends if one is not None),
+        stops=(*options.stop, *texts),
+        longest=config.max_length,
+    )
+
+
+def _template(options: flags.FlagValues, pieces: Any) -> tuple[Any, str]:
+    """The template to render with, and what ends an answer in it."""
+    from vlmjax.data.conversation_templates import Template
+
+    name = options.template
+    if name == AUTO:
+        name = OWN if pieces.chat is not None else RAW
+    if name == RAW:
+        if options.chat:
+            raise UserError(
+                f"--template={options.template}: a conversation needs a template and the tokenizer of {options.model} "
+                "has none; give the one it was trained with, e.g. --template=v1"
+            )
+        return Template("", "", "", "", ""), ""
+    found = pieces.template(name)
+    return (OWN, "") if found is None else (found, found.stop)
+
+
+def _stops(pieces: Any, stop: str) -> tuple[list[int], list[str]]:
+    """What ends an answer, as tokens and as texts."""
+    from vlmjax.data.conversation import written
+    from vlmjax.data.conversation_templates import CONTROL
+
+    found = pieces.readable(written(stop, CONTROL))
+    tokens = [pieces.token(one.text) for one in found if one.kind == "token"]
+    return tokens, [one.text.strip() or one.text for one in found if one.kind == "text" and one.text != " "]
+
+
+# ---- prompts
+
+
+def read_image(path: str) -> Any:
+    """Pixels of a file. Raises UserError naming it."""
+    from vlmjax.data.images import decode
+
+    try:
+        return decode(Path(path).expanduser().read_bytes())
+    except OSError as error:
+        raise UserError(f"image {path}: cannot be read ({error.strerror}); name an image file") from None
+    except BadRecord as error:
+        raise UserError(f"image {path}: {error.reason}; give a whole JPEG, PNG or WebP") from None
+
+
+def message(text: str, images: int) -> Any:
+    """What the user says, with `images` images: where `<image>` stands in the text, otherwise before it."""
+    from vlmjax.data.conversation import Part, count, from_messages
+
+    said = from_messages([{"role": "user", "content": text}])[0]
+    marks = count([said])
+    if marks and marks != images:
+        raise UserError(f"the prompt has {marks} <image> and {images} images were given; give one for each")
+    return said if marks else said._replace(parts=(*[Part("image")] * images, *said.parts))
+
+
+def inputs_of(
+    speaker: Speaker, conversation: Sequence[Any], images: Sequence[Any], system: str
+) -> dict[str, Any]:
+    """What the model takes: ids of the conversation up to the answer, and pixels of its images."""
+    import numpy as np
+
+    from vlmjax.data.pieces import encode_prompt
+
+    model, tokens, image_id, out = speaker.model, 0, 0, {}
+    if images:
+        if speaker.transform is None or not hasattr(model, "image_tokens"):
+            raise UserError(
+                f"--model={speaker.name}: {type(model).__name__} reads text alone; leave out the images, or give a "
+                "vision-language model with its processor"
+            )
+        out["pixel_values"] = np.stack([speaker.transform(one) for one in images])
+        tokens, image_id = model.image_tokens, model.image_token_id
+    try:
+        ids = encode_prompt(
+            tuple(conversation),
+            speaker.template,
+            speaker.pieces,
+            image_tokens=tokens,
+            image_token_id=image_id,
+            system=system,
+        )
+    except BadRecord as error:
+        raise UserError(f"the prompt cannot be used: {error}") from None
+    if len(ids) == 0:
+        raise UserError(
+            "the prompt is empty and the tokenizer begins with no token of its own; give --prompt"
+        )
+    if len(ids) >= speaker.longest:
+        raise UserError(
+            f"the prompt has {len(ids)} tokens, the model takes {speaker.longest}; shorten it, or /clear in a chat"
+        )
+    return out | {"input_ids": ids[None]}
+
+
+# ---- answers
+
+
+def answer(speaker: Speaker, inputs: dict[str, Any], options: flags.FlagValues) -> Iterator[str]:
+    """The answer piece by piece; with beams in one piece."""
+    from vlmjax import decode
+    from vlmjax.decode.streaming import words
+
+    room = speaker.longest - inputs["input_ids"].shape[1]
+    given = {
+        "max_new_tokens": min(options.max_new_tokens, room),
+        "seed": options.seed,
+        "eos_token_id": speaker.ends,
+        "pad_token_id": speaker.pieces.pad_token_id,
+        "repetition_penalty": options.repetition_penalty,
+    }
+    if options.temperature > 0:
+        given |= {name: options[name].value for name in ("temperature", "top_k", "top_p")} | {
+            "do_sample": True
+        }
+    if options.num_beams > 1:
+        found = decode.generate(speaker.model, speaker.params, num_beams=options.num_beams, **given, **inputs)
+        tokens = iter(found[0].tolist())
+    else:
+        tokens = (int(row[0]) for row in decode.stream(speaker.model, speaker.params, **given, **inputs))
+    return words(_until(tokens, speaker.ends), speaker.tokenizer.decode, speaker.stops)
+
+
+def _until(tokens: Iterator[int], ends: tuple[int, ...]) -> Iterator[int]:
+    for token in tokens:
+        if token in ends:
+            return
+        yield token
+
+
+def generate(options: flags.FlagValues) -> None:
+    """Answer the prompt that the flags give."""
+    images = [read_image(path) for path in options.image]
+    said = message(options.prompt, len(images))
+    speaker = open_speaker(options)
+    inputs = inputs_of(speaker, [said], images, options.system)
+    try:
+        for piece in answer(speaker, inputs, options):
+            print(piece, end="", flush=True)
+        print()
+    except KeyboardInterrupt:
+        print()
+        raise Stopped("interrupted", 2) from None
+
+
+# ---- conversations
+
+
+def chat(options: flags.FlagValues, ask: Callable[[str], str] = input) -> None:
+    """Talk until the input ends, /exit, or Ctrl-C while nothing is being written."""
+    speaker = open_speaker(options)
+    talk, images, fresh = [], [], [read_image(path) for path in options.image]
+    print("A line is a turn. /image FILE shows an image with the next one, /clear begins anew, /exit leaves.")
+    while True:
+        try:
+            line = ask("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        command, _, argument = line.partition(" ")
+        if command == "/exit":
+            return
+        try:
+            if command == "/clear":
+                talk, images, fresh = [], [], []
+            elif command == "/image":
+                fresh = [*fresh, read_image(argument.strip())]
+            elif command.startswith("/"):
+                raise UserError(f"{command} is no command; there are /image FILE, /clear, /exit")
+            elif line:
+                talk, images = _turn(speaker, options, (talk, images), line, fresh)
+                fresh = []
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+
+
+def _turn(
+    speaker: Speaker, options: flags.FlagValues, before: tuple[list, list], line: str, fresh: list
+) -> tuple[list, list]:
+    """The conversation and its images after one more turn; an interrupted answer stays as far as it came."""
+    from vlmjax.data.conversation import Message, Part
+
+    talk, images = [*before[0], message(line, len(fresh))], [*before[1], *fresh]
+    inputs, written = inputs_of(speaker, talk, images, options.system), ""
+    try:
+        for piece in answer(speaker, inputs, options):
+            print(piece, end="", flush=True)
+            written += piece
+    except KeyboardInterrupt:
+        print(" (interrupted)", end="")
+    print(flush=True)
+    return [*talk, Message("assistant", (Part("text", written.strip()),))], images
+
+
+# ---- command
+
+
+def parse(arguments: Sequence[str]) -> None:
+    """Read the flags before anything heavy is imported; raises UserError for mistakes."""
+    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
+        print(__doc__ + FLAGS.get_help().partition(":")[2])
+        sys.exit(0)
+    try:
+        rest = FLAGS(list(arguments))
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: quote the prompt, --prompt='What is this?'")
+    if not FLAGS.model:
+        raise UserError(f"--model is not given: {FLAGS['model'].help}")
+    if FLAGS.prompt is None and not FLAGS.chat:
+        raise UserError("--prompt is not given: what to continue or to answer; or --chat for a conversation")
+    if FLAGS.prompt is not None and FLAGS.chat:
+        raise UserError("--prompt and --chat exclude each other: type the first turn, or leave out --chat")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Write as the flags say; user errors end as one line."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        parse(arguments)
+        (chat if FLAGS.chat else generate)(FLAGS)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main(sys.argv)
