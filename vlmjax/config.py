@@ -182,6 +182,7 @@ def recipe() -> Config:
     c.model.dtype = (
         "auto"  # compute dtype: auto (bfloat16 on accelerators, float32 on CPU) | bfloat16 | float32
     )
+    c.model.attention = "auto"  # of a language model in training: auto (by device) | xla | cudnn | splash
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
     c.loss = Config()

@@ -34,6 +34,7 @@ def check_values(c: Any) -> None:
     _one_of(c.model.text.kind, "config.model.text.kind", ("clip", "bert"))
     _one_of(c.model.dtype, "config.model.dtype", ("auto", "bfloat16", "float32"))
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
+    _one_of(c.model.attention, "config.model.attention", ("auto", "xla", "cudnn", "splash"))
     _check_loss(c.loss)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
@@ -139,7 +140,7 @@ def _check_data(c: Any) -> None:
         raise RecipeError(
             "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"
         )
-    if not c.data.tokenizer and not c.init_from:
+    if not (c.data.tokenizer or c.init_from or c.model.language_from):
         raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
     for name in ("background", "mean", "std"):
         value = c.data[name]

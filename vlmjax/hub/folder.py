@@ -125,7 +125,7 @@ def load_model(folder: str | os.PathLike[str], part: str | None = None) -> nn.Mo
     Raises:
         HubError: the folder or id is not there, or holds another architecture or one that we do not do.
     """
-    return _open(folder, None, "float32", part)[-1]
+    return _open(folder, None, "float32", part, weights=False)[-1]
 
 
 def save(
@@ -224,10 +224,15 @@ def abstract_params(family: Family, model: nn.Module) -> dict[str, Any]:
 
 
 def _open(
-    folder: str | os.PathLike[str], architecture: str | None, compute_dtype: str, part: str | None = None
+    folder: str | os.PathLike[str],
+    architecture: str | None,
+    compute_dtype: str,
+    part: str | None = None,
+    *,
+    weights: bool = True,
 ) -> tuple[Path, Family, tuple[str, ...], nn.Module]:
     """Return where a folder is, the family to read it as, which tensors stay behind, and its module."""
-    path = locate(folder)
+    path = locate(folder, weights=weights)
     config = read_config(path)
     if part is not None:
         architecture = _tower_in(config, path)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from vlmjax.config import Config
 from vlmjax.data import recipe as data_recipe
 from vlmjax.data import text
+from vlmjax.data.conversation import MARK
 from vlmjax.errors import DataError, RecipeError, UserError
 from vlmjax.losses.choice import choose
 from vlmjax.losses.contrastive import info_nce
@@ -50,7 +51,11 @@ class Vocabulary(text.Tokenizer):
     def __init__(self, vocab_size: int):
         """Ids in the order of CLIP's vocabulary."""
         self.vocab_size, self.bos_token_id = vocab_size, vocab_size - 2
-        self.eos_token_id = self.pad_token_id = vocab_size - 1
+        self.eos_token_id = self.pad_token_id = self.image_token_id = vocab_size - 1
+
+    def token_id(self, token: str) -> int | None:
+        """The placeholder of images; no other token is known."""
+        return self.image_token_id if token == MARK else None
 
     def encode(self, text: str) -> list[int]:
         """A text without words."""
@@ -66,6 +71,8 @@ def train_subject(recipe: Config, devices: Sequence[Any], title: str, examples: 
       RecipeError: what training itself would say about recipe and devices.
     """
     recipe = for_platform(recipe, devices[0].platform)
+    recipe, missing = without_missing_parts(recipe)
+    title += missing
     mesh = make_mesh(**recipe.mesh.to_dict(), devices=devices)
     check_batch_size(recipe.batch_size, mesh, recipe.micro_batches)
     lengths, why = _lengths(recipe, examples)
@@ -100,12 +107,42 @@ def for_platform(recipe: Config, platform: str) -> Config:
     return copy.lock()
 
 
+def without_missing_parts(recipe: Config) -> tuple[Config, str]:
+    """A recipe of a vision-language model whose imported parts can all be read here; and what is said of the others.
+
+    In place of a folder that is not at hand, such as the one that an earlier stage will write, stand the recipe's own
+    sizes.
+    """
+    if recipe.stage != "generative":
+        return recipe, ""
+    from vlmjax import hub
+
+    copy, missing = Config(recipe.to_dict()), []
+    for holder, key, part in (
+        (copy, "init_from", None),
+        (copy.model, "image_from", "image"),
+        (copy.model, "language_from", None),
+    ):
+        if holder[key]:
+            try:
+                hub.load_model(holder[key], part=part)
+            except UserError:
+                missing.append(holder[key])
+                holder[key] = ""
+    if missing:
+        copy.data.tokenizer = "bpe:514"
+    said = f"; in sizes of the recipe, without {', '.join(missing)}" if missing else ""
+    return copy.lock(), said
+
+
 def vocabulary(recipe: Config) -> text.Tokenizer:
     """A stand-in for the recipe's tokenizer, of its size.
 
     Raises RecipeError where neither the recipe nor a tokenizer at hand says how many tokens there are.
     """
     name = data_recipe.tokenizer_name(recipe)
+    if recipe.stage == "generative":
+        return _vocabulary_with_images(recipe, name)
     if recipe.init_from:
         with data_recipe.naming("init_from"):
             from vlmjax import hub
@@ -127,6 +164,25 @@ def vocabulary(recipe: Config) -> text.Tokenizer:
             f"config.data.tokenizer={name!r} cannot be read ({error}): plan with the number of its tokens, "
             "--config.model.text.vocab_size=49408"
         ) from None
+
+
+def _vocabulary_with_images(recipe: Config, name: str) -> text.Tokenizer:
+    """The same where texts have images: the placeholder is the last token, or where an imported model has it."""
+    from vlmjax import hub
+
+    if recipe.init_from:
+        config = hub.load_model(recipe.init_from).config
+        tokenizer = Vocabulary(config.text.vocab_size)
+        tokenizer.image_token_id = config.image_token_id
+        return tokenizer
+    if recipe.model.language_from:
+        return Vocabulary(hub.load_model(recipe.model.language_from).config.vocab_size + 1)
+    if recipe.model.language.vocab_size:
+        return Vocabulary(recipe.model.language.vocab_size)
+    if name.startswith("bpe:"):
+        return Vocabulary(int(name.removeprefix("bpe:")) + 1)
+    with data_recipe.naming("data.tokenizer"):
+        return text.with_token(text.load(name, recipe.data.max_length), MARK)
 
 
 def _lengths(recipe: Config, examples: int | None) -> tuple[Durations | None, str]:

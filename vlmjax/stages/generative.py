@@ -1,5 +1,6 @@
 """Generative training: the next tokens of answers, for every model that ends in a language model."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +14,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 from vlmjax.errors import RecipeError
 from vlmjax.losses.token_cross_entropy import token_cross_entropy
 from vlmjax.models import flops
+from vlmjax.models.layers import DTYPES
+from vlmjax.ops.flash import choose_attention
 from vlmjax.sharding.mesh import batch_shards
 from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage
 
@@ -28,11 +31,12 @@ class Generative(Stage):
 
     def __init__(self, recipe: Any, model: nn.Module, mesh: Mesh):
         """`recipe` is the whole validated recipe; `model` a models/vlm.py Vlm."""
-        self.model, self.mesh = model, mesh
+        self.mesh = mesh
         self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
         self.z_loss = recipe.loss.z_loss
         self.length, self.slots = recipe.data.max_length, recipe.data.images_per_row
         self.frozen_dtype = model.config.text.dtype
+        self.model = _with_attention(model, recipe.model.attention, mesh, self.length)
         rows = recipe.batch_size // recipe.micro_batches
         if rows % batch_shards(mesh):
             raise RecipeError(
@@ -42,7 +46,8 @@ class Generative(Stage):
     def describe(self) -> str:
         """One line for the start of a run."""
         more = f", z-loss {self.z_loss:g}" if self.z_loss else ""
-        return f"cross-entropy of next tokens, in chunks{more}; rows of {self.length} tokens, {self.slots} image(s)"
+        rows = f"rows of {self.length} tokens, {self.slots} image(s)"
+        return f"cross-entropy of next tokens, in chunks{more}; {rows}; attention by {self.model.config.text.attention}"
 
     def batch_shapes(self) -> Shapes:
         """Arrays of data/generative.py."""
@@ -104,3 +109,19 @@ class Generative(Stage):
         shape = (1,) * (pixel_values.ndim - 1) + (3,)
         mean, std = (jnp.asarray(np.reshape(v, shape), jnp.float32) for v in (self.mean, self.std))
         return jax.lax.stop_gradient((pixel_values.astype(jnp.float32) / jnp.float32(255) - mean) / std)
+
+
+def _with_attention(model: nn.Module, name: str, mesh: Mesh, tokens: int) -> nn.Module:
+    """The model whose language model attends by a kernel, the one that suits the mesh's devices unless named."""
+    words = model.config.text
+    if name == "auto":
+        name = choose_attention(
+            mesh,
+            tokens=tokens,
+            heads=words.heads,
+            kv_heads=words.kv_heads,
+            head_dim=words.head_dim,
+            dtype=DTYPES[words.dtype],
+        )
+    words = dataclasses.replace(words, attention=name)
+    return model.clone(config=dataclasses.replace(model.config, text=words))
