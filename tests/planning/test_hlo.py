@@ -95,3 +95,27 @@ def test_a_real_loop():
         if instruction.opcode == "while"
     }
     assert counts == {5, 7}
+
+
+def test_a_kernel_whose_metadata_has_line_breaks_ends_nothing():
+    """Splash attention's does; all instructions after it were lost."""
+    text = """HloModule m
+
+%body (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  %kernel = f32[4]{0} custom-call(%p), custom_call_target="tpu_custom_call", frontend_attributes={a={
+ "note": "{\\"block\\": 512}"
+}}, metadata={op_name="x"}
+  ROOT %after = f32[4]{0} add(%kernel, %p)
+}
+
+ENTRY %main (x: f32[4]) -> f32[4] {
+  %x = f32[4]{0} parameter(0)
+  ROOT %call = f32[4]{0} call(%x), to_apply=%body
+}
+"""
+    module = hlo.parse(text)
+    assert [i.opcode for i in module.computations["body"]] == ["parameter", "custom-call", "add"]
+    assert module.named("body")["kernel"].operands == ("p",)
+    assert 'op_name="x"' in module.named("body")["kernel"].attributes
+    assert module.entry == "main"

@@ -53,9 +53,7 @@ def parse(text: str) -> Module:
     """
     computations: dict[str, list[Instruction]] = {}
     entry, current = "", None
-    for line in text.splitlines():
-        if not line.strip():
-            continue
+    for line in _whole_lines(text):
         if not line.startswith(" "):
             header = _COMPUTATION.match(line)
             current = computations.setdefault(header[2], []) if header else None
@@ -66,6 +64,21 @@ def parse(text: str) -> Module:
     if not entry:
         raise ValueError("no ENTRY computation in this text: it is no HLO module")
     return Module(computations, entry)
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines that are not empty, each with those that go on with it: a kernel's metadata may have breaks of its own."""
+    whole = ""
+    for line in text.splitlines():
+        begins = _INSTRUCTION.match(line) or _COMPUTATION.match(line) or line.rstrip() in ("", "}")
+        if whole and not begins and _INSTRUCTION.match(whole):
+            whole += line
+            continue
+        if whole:
+            yield whole
+        whole = line.rstrip()
+    if whole:
+        yield whole
 
 
 def _instruction(name: str, line: str, is_root: bool) -> Instruction:

@@ -23,7 +23,7 @@ from vlmjax.training.optimizer import make_schedule
 from vlmjax.training.state import count
 
 STEP_FORMULA = (
-    "3 x forward matrix products (frozen towers 1 x), recomputation not counted: models/flops.py train_flops"
+    "3 x forward matrix products (1 x of what is frozen, 2 x where gradients pass through it), recomputation not counted"
 )
 LOSS_FORMULA = "8 N^2 D: similarities once forward and once backward, and the gradients of both sides"
 
