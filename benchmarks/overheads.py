@@ -1,9 +1,8 @@
 """What survival costs: the guards of a step, and the time for which saving a checkpoint holds a run up.
 
 `python benchmarks/overheads.py guards` trains a small CLIP in the loop of vlmjax, a few steps with all guards and a few
-without, in turn. Of two processes: `python launch/local.py --processes=2 --devices_per_process=1
---module=benchmarks.overheads -- guards`. `python benchmarks/overheads.py saves` saves a state of 512 MiB, now in the
-background, now waited for, now not at all.
+without, in turn. `python benchmarks/overheads.py saves` saves a state of 512 MiB, now in the background, now waited
+for, now not at all.
 """
 
 import argparse
