@@ -199,8 +199,8 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
 def take_rows(cache: Cache, rows: Int[Array, " rows"], common: int) -> Cache:
     """Rows in another order, which had the first `common` slots and all positions in common."""
 
-    def moved(x: Float[Array, "layers rows slots heads head_dim"]) -> Array:
+    def moved(x: Float[Array, "layers rows heads slots head_dim"]) -> Array:
         # Only what differs is moved: the prompt, most of the cache, stays where it is.
-        return jax.lax.dynamic_update_slice_in_dim(x, x[:, rows, common:], common, axis=2)
+        return jax.lax.dynamic_update_slice_in_dim(x, x[:, rows, :, common:], common, axis=3)
 
     return cache.replace(k=moved(cache.k), v=moved(cache.v))

@@ -107,8 +107,8 @@ class Shared(NamedTuple):
 class Kept(NamedTuple):
     """The cache on its way through the layers."""
 
-    k: Float[Array, "layers batch slots kv_heads head_dim"]
-    v: Float[Array, "layers batch slots kv_heads head_dim"]
+    k: Float[Array, "layers batch kv_heads slots head_dim"]
+    v: Float[Array, "layers batch kv_heads slots head_dim"]
     layer: Int[Array, ""]
 
 
@@ -146,7 +146,7 @@ class DecoderAttention(nn.Module):
             kept = kept._replace(
                 k=write(kept.k, k, kept.layer, shared.slot), v=write(kept.v, v, kept.layer, shared.slot)
             )
-            keys, values = (x[kept.layer].astype(dtype) for x in (kept.k, kept.v))
+            keys, values = (x[kept.layer].astype(dtype).swapaxes(1, 2) for x in (kept.k, kept.v))
             mixed = attention(q, keys, values, mask=shared.mask)
         return _dense(cfg, cfg.width, cfg.out_bias, "o_proj")(merge_heads(mixed)), kept
 
