@@ -16,7 +16,7 @@ import transformers
 from compare import close, compiled
 from safetensors.numpy import load_file, save_file
 
-from vlmjax import hub
+from vlmjax import decode, hub
 from vlmjax.errors import HubError, UserError
 from vlmjax.hub import llava
 from vlmjax.models.bridges import BridgeConfig
@@ -153,6 +153,20 @@ def test_written_read_and_written_again_is_the_same(name, load, tmp_path):
     with torch.no_grad():
         expected = reference_of(name)(**tiny.to_torch(theirs)).logits
         assert torch.equal(read(**tiny.to_torch(theirs)).logits, expected)
+
+
+@EVERY
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generated_tokens(name, beams, load):
+    """Rows of different lengths, padded on the left, one of them without an image."""
+    model, params, _ = load(name)
+    ours, theirs = batch(model.config, "left")
+    options = {"max_new_tokens": 7, "num_beams": beams, "eos_token_id": 2, "pad_token_id": 0}
+    expected = reference_of(name).generate(**tiny.to_torch(theirs), **options, do_sample=False).numpy()
+    expected = expected[:, ours["input_ids"].shape[1] :]
+    found = np.asarray(decode.generate(model, params, **ours, **options))
+    np.testing.assert_array_equal(found[:, : expected.shape[1]], expected)
+    assert len({tuple(row) for row in expected.tolist()}) == 3  # they do depend on what was asked
 
 
 def renamed(name, generation):

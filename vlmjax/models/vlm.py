@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlmjax.errors import RecipeError, UserError
 from vlmjax.models.bridges import Bridge, BridgeConfig
 from vlmjax.models.cache import Cache
-from vlmjax.models.decoder import Decoder, DecoderConfig, text_positions
+from vlmjax.models.decoder import Decoder, DecoderConfig
 from vlmjax.models.layers import Ids
 from vlmjax.models.vit import Vit, VitConfig
 
@@ -131,15 +131,26 @@ class Vlm(nn.Module):
         """The matrix from hidden states to logits."""
         return self.language_model.head_kernel()
 
+    @property
+    def decoder(self) -> Decoder:
+        """What generates, once a prompt is prepared."""
+        return self.language_model
+
+    def prepare(
+        self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
+    ) -> tuple[
+        Float[Array, "batch tokens width"], Int[Array, "batch tokens"], Int[Array, "batch tokens"] | None
+    ]:
+        """Texts with their images, as a call takes them: see `Decoder.prepare`."""
+        _, positions, segments = self.language_model.prepare(input_ids, attention_mask)
+        return self.embed(input_ids, pixel_values), positions, segments
+
     def causal_lm(
         self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
     ) -> Float[Array, "batch tokens vocab"]:
         """Logits of whole texts with their images, padded on either side."""
-        ids = jnp.asarray(input_ids)
-        mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
-        segments = None if attention_mask is None else (mask != 0).astype(jnp.int32)
-        embeddings = self.embed(ids, pixel_values)
-        hidden, _ = self(embeddings, positions=text_positions(mask), segment_ids=segments)
+        embeddings, positions, segments = self.prepare(input_ids, attention_mask, pixel_values)
+        hidden, _ = self(embeddings, positions=positions, segment_ids=segments)
         return self.logits(hidden)
 
 

@@ -23,7 +23,7 @@ from vlmjax.training.optimizer import make_schedule
 from vlmjax.training.state import count
 
 STEP_FORMULA = (
-    "3 x forward matrix products (1 x of what is frozen, 2 x where gradients pass through it), recomputation not counted"
+    "3 x forward matrix products (frozen parts 1 x, 2 x where gradients pass through), no recomputation"
 )
 LOSS_FORMULA = "8 N^2 D: similarities once forward and once backward, and the gradients of both sides"
 
