@@ -11,12 +11,12 @@ import tokenizers
 import transformers
 from PIL import Image
 
+pytest.importorskip("torch")
+
 from tests.parity import tiny
 from vlmjax import generate
 from vlmjax.data.conversation import Message, Part
 from vlmjax.errors import UserError
-
-pytest.importorskip("torch")
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
