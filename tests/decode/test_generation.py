@@ -21,7 +21,7 @@ from tests.decode.small_models import MODELS, PAD, VOCAB, expected, pair, prompt
 from vlmjax import decode
 from vlmjax.decode import choosing, generation
 from vlmjax.decode.options import Options
-from vlmjax.decode.prompts import bucket
+from vlmjax.decode.prompts import bucket, bucketed
 from vlmjax.errors import UserError
 
 NEW = 13
@@ -202,6 +202,11 @@ def test_sampled_beams_are_real_hypotheses():
 def test_lengths_share_programs():
     assert [bucket(n) for n in (1, 16, 17, 200, 256, 257, 600)] == [16, 16, 32, 256, 256, 512, 768]
     ours("llama", {"input_ids": np.full((1, 9), 5, np.int32)})
+    square, types = np.ones((1, 9, 4, 3), np.float32), np.ones((1, 9), np.int32)
+    more = bucketed({"input_ids": np.full((1, 9), 5), "pixel_values": square, "mm_token_type_ids": types})
+    assert {k: v.shape[:2] for k, v in more.items()} == dict.fromkeys(more, (1, 16)) | {
+        "pixel_values": (1, 9)
+    }
     before = generation._program._cache_size()
     for tokens, new in ((3, 13), (16, 16), (11, 2)):
         ours("llama", {"input_ids": np.full((1, tokens), 5, np.int32)}, new=new)
