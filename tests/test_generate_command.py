@@ -1,6 +1,7 @@
 """The generate command: its text against transformers, conversations, interruptions, one line for every mistake."""
 
 import io
+import types
 
 import flax.linen as nn
 import jax
@@ -11,12 +12,12 @@ import tokenizers
 import transformers
 from PIL import Image
 
+pytest.importorskip("torch")
+
 from tests.parity import tiny
 from vlmjax import generate
 from vlmjax.data.conversation import Message, Part
 from vlmjax.errors import UserError
-
-pytest.importorskip("torch")
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -157,7 +158,7 @@ def test_ctrl_c_ends_the_answer_and_then_the_conversation(talker, capsys, monkey
 class Seeing(nn.Module):
     """Stands for a model with images: each is two tokens."""
 
-    image_tokens, image_token_id = 2, 7
+    config = types.SimpleNamespace(image_tokens=2, image_token_id=7)
 
 
 def test_images_go_where_the_prompt_says(folder, tmp_path):
@@ -170,7 +171,7 @@ def test_images_go_where_the_prompt_says(folder, tmp_path):
         assert said == Message("user", tuple(Part("text", x) if x else Part("image") for x in parts))
         inputs = generate.inputs_of(seeing, [said], [pixels], "")
         ids = inputs["input_ids"][0].tolist()
-        assert ids.count(7) == 2 and inputs["pixel_values"].shape == (1, 2, 2, 3)
+        assert ids.count(7) == 2 and inputs["pixel_values"].shape == (1, 1, 2, 2, 3)
         assert (ids[:2] == [7, 7]) == (parts[0] is None)
 
 

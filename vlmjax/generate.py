@@ -163,13 +163,13 @@ def inputs_of(
 
     model, tokens, image_id, out = speaker.model, 0, 0, {}
     if images:
-        if speaker.transform is None or not hasattr(model, "image_tokens"):
+        if speaker.transform is None or not hasattr(model.config, "image_tokens"):
             raise UserError(
                 f"--model={speaker.name}: {type(model).__name__} reads text alone; leave out the images, or give a "
                 "vision-language model with its processor"
             )
-        out["pixel_values"] = np.stack([speaker.transform(one) for one in images])
-        tokens, image_id = model.image_tokens, model.image_token_id
+        out["pixel_values"] = np.stack([speaker.transform(one) for one in images])[None]
+        tokens, image_id = model.config.image_tokens, model.config.image_token_id
     try:
         ids = encode_prompt(
             tuple(conversation),

@@ -21,7 +21,7 @@ from tests.decode.small_models import MODELS, PAD, VOCAB, expected, pair, prompt
 from vlmjax import decode
 from vlmjax.decode import choosing, generation
 from vlmjax.decode.options import Options
-from vlmjax.decode.prompts import bucket
+from vlmjax.decode.prompts import bucket, bucketed
 from vlmjax.errors import UserError
 
 NEW = 13
@@ -89,6 +89,11 @@ def test_a_repetition_penalty():
     assert (ours("llama", whole, repetition_penalty=1.7) != ours("llama", whole)).any()
     padded = ours("llama", prompts(), repetition_penalty=1.7)
     np.testing.assert_array_equal(padded[:1], ours("llama", whole, repetition_penalty=1.7))
+    ids, mask = (jnp.asarray(prompts()[name]) for name in ("input_ids", "attention_mask"))
+    seen = np.asarray(choosing.seen_in(Options(repetition_penalty=1.7), ids, mask, VOCAB))
+    for row in range(3):
+        real = prompts()["input_ids"][row][prompts()["attention_mask"][row] == 1]
+        assert set(np.flatnonzero(seen[row])) == set(real.tolist())
 
 
 BEAMS = [
@@ -105,11 +110,11 @@ def test_beams(options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("early", [False, True, "never"])
-@pytest.mark.parametrize("penalty", [-1.0, 0.0, 0.5, 1.0, 2.0])
+@pytest.mark.parametrize("penalty", [-1.0, 0.5, 2.0])
 @pytest.mark.parametrize("beams", [2, 4])
 def test_beams_of_many_seeds(beams, penalty, early):
-    for seed in range(6):
-        for ends in ([2], list(EOS), list(range(2, 22))):
+    for seed in range(4):
+        for ends in ([2], list(range(2, 22))):
             check(
                 "llama", prompts(seed), weights=seed % 2, num_beams=beams, eos_token_id=ends, length_penalty=penalty,
                 early_stopping=early,
@@ -145,11 +150,10 @@ def test_stop_sequences():
     out = ours("llama", prompts(), stop_sequences=[stop, [5, 5, 5, 5]])
     where = next(at for at in range(NEW - 1) if plain[0, at : at + 2].tolist() == stop)
     assert out[0].tolist() == plain[0, : where + 2].tolist() + [PAD] * (NEW - where - 2)
-    # The end of the prompt does not count as the beginning of a stop sequence.
-    last = int(prompts()["input_ids"][0, -1])
-    np.testing.assert_array_equal(
-        ours("llama", prompts(), stop_sequences=[[last, int(plain[0, 0])]])[0], plain[0]
-    )
+    # Neither the end of the prompt nor the padding of tokens that are still to come is part of a stop sequence.
+    first, last = int(plain[0, 0]), int(prompts()["input_ids"][0, -1])
+    none = ours("llama", prompts(), stop_sequences=[[last, first], [first, PAD]])
+    np.testing.assert_array_equal(none[0], plain[0])
 
 
 def test_adjusted_scores_are_those_of_transformers():
@@ -179,6 +183,8 @@ def test_samples_are_drawn_as_likely_as_they_are():
     assert np.abs(counts - wanted).max() < 4 * np.sqrt(wanted.max() / 2000)
     np.testing.assert_array_equal(drawn, ours("llama", {"input_ids": ids}, **options)[:, 0])
     assert (drawn != ours("llama", {"input_ids": ids}, seed=1, **options)[:, 0]).any()
+    wild = ours("llama", prompts(), do_sample=True, temperature=1e6)
+    assert min(len(set(row.tolist())) for row in wild) > NEW // 2  # each step has draws of its own
     only = ours("llama", prompts(), do_sample=True, top_k=1)
     np.testing.assert_array_equal(only, ours("llama", prompts()))
 
@@ -196,6 +202,11 @@ def test_sampled_beams_are_real_hypotheses():
 def test_lengths_share_programs():
     assert [bucket(n) for n in (1, 16, 17, 200, 256, 257, 600)] == [16, 16, 32, 256, 256, 512, 768]
     ours("llama", {"input_ids": np.full((1, 9), 5, np.int32)})
+    square, types = np.ones((1, 9, 4, 3), np.float32), np.ones((1, 9), np.int32)
+    more = bucketed({"input_ids": np.full((1, 9), 5), "pixel_values": square, "mm_token_type_ids": types})
+    assert {k: v.shape[:2] for k, v in more.items()} == dict.fromkeys(more, (1, 16)) | {
+        "pixel_values": (1, 9)
+    }
     before = generation._program._cache_size()
     for tokens, new in ((3, 13), (16, 16), (11, 2)):
         ours("llama", {"input_ids": np.full((1, tokens), 5, np.int32)}, new=new)

@@ -28,6 +28,9 @@ QUESTIONS = (
 )
 
 
+GREY = 127
+
+
 @dataclasses.dataclass(frozen=True)
 class Rows:
     """What a row of a generative batch is.
@@ -42,6 +45,7 @@ class Rows:
         window: how many are packed together: enough for rows that are nearly full, and few enough that the first
             batch does not wait long.
         image_first, system: see `conversation.render`.
+        blind: every picture is grey, which leaves what can be learned from words alone.
     """
 
     template: str
@@ -53,6 +57,7 @@ class Rows:
     window: int = 1024
     image_first: bool = False
     system: str = ""
+    blind: bool = False
 
 
 class _Made(NamedTuple):
@@ -235,6 +240,9 @@ class GenerativeExamples:
         encoded = self._encoded(said, record.key)
         pixels, read = [], 0
         for image in found[: len(encoded.spans)]:
+            if self.rows.blind:
+                pixels.append(np.full((*self._transform.output_size, 3), GREY, np.uint8))
+                continue
             try:
                 pixels.append(self._transform(self._decode(image), rng))
             except BadRecord as error:

@@ -172,4 +172,5 @@ def generative_rows(
         packing=data.packing,
         image_first=data.conversation.image_first,
         system=data.conversation.system,
+        blind=data.blind,
     )

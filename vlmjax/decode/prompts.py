@@ -18,7 +18,8 @@ def bucket(length: int) -> int:
 
 
 def bucketed(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs with prompts padded on the right to a shared length; everything that is [batch, tokens, ...] with them.
+    """Inputs with prompts padded on the right to a shared length; everything that is [batch, tokens, ...] with them,
+    except pixels, whose sides may be as long as a prompt by chance.
 
     Args:
       inputs: `input_ids` [batch, tokens], `attention_mask` like it (1 on tokens; may be left out), whatever else the
@@ -43,7 +44,7 @@ def bucketed(inputs: Mapping[str, Any]) -> dict[str, Any]:
     shape, more = np.shape(ids), bucket(np.shape(ids)[1]) - np.shape(ids)[1]
     out = dict(inputs) | {"attention_mask": mask.astype(np.int32)}
     for name, value in out.items():
-        if np.shape(value)[:2] == shape and np.ndim(value) >= 2:
+        if np.shape(value)[:2] == shape and not name.startswith("pixel_values"):
             value = np.asarray(value)
             out[name] = np.pad(value, [(0, 0), (0, more)] + [(0, 0)] * (value.ndim - 2))
     return out
