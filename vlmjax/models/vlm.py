@@ -131,15 +131,26 @@ class Vlm(nn.Module):
         """The matrix from hidden states to logits."""
         return self.language_model.head_kernel()
 
+    @property
+    def decoder(self) -> Decoder:
+        """The language model, which is all that runs once a prompt has been read."""
+        return self.language_model
+
+    def prepare(
+        self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
+    ) -> tuple[Float[Array, "batch tokens width"], Any, Any]:
+        """Embeddings, positions and segment ids (None: no padding) of prompts with their images, to generate from."""
+        ids = jnp.asarray(input_ids)
+        mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
+        segments = None if attention_mask is None else (mask != 0).astype(jnp.int32)
+        return self.embed(ids, pixel_values), text_positions(mask), segments
+
     def causal_lm(
         self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
     ) -> Float[Array, "batch tokens vocab"]:
         """Logits of whole texts with their images, padded on either side."""
-        ids = jnp.asarray(input_ids)
-        mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
-        segments = None if attention_mask is None else (mask != 0).astype(jnp.int32)
-        embeddings = self.embed(ids, pixel_values)
-        hidden, _ = self(embeddings, positions=text_positions(mask), segment_ids=segments)
+        embeddings, positions, segments = self.prepare(input_ids, attention_mask, pixel_values)
+        hidden, _ = self(embeddings, positions=positions, segment_ids=segments)
         return self.logits(hidden)
 
 
