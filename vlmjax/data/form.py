@@ -8,7 +8,7 @@ import numpy as np
 
 from vlmjax.data import pieces
 from vlmjax.data.conversation import Conversation, from_caption
-from vlmjax.data.conversation_templates import OWN
+from vlmjax.data.conversation_templates import OWN, Template
 from vlmjax.data.pieces import Pieces
 
 # An answer that no template writes, to see what follows it.
@@ -20,12 +20,12 @@ class Form:
     """What `config.data.conversation` says, which every later prompt has to repeat.
 
     Attributes:
-        template: of `conversation_templates`, or "tokenizer" for the tokenizer's own.
+        template: of `conversation_templates`, by its name or itself, or "tokenizer" for the tokenizer's own.
         system: in place of the template's system message.
         image_first: each message's images before its text.
     """
 
-    template: str = OWN
+    template: str | Template = OWN
     system: str = ""
     image_first: bool = False
 
@@ -37,7 +37,7 @@ class Form:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "Form":
-        """Inverse of `dataclasses.asdict`."""
+        """Inverse of `dataclasses.asdict`, of a form whose template is a name."""
         return cls(str(value["template"]), str(value["system"]), bool(value["image_first"]))
 
     def prompt(
@@ -55,7 +55,7 @@ class Form:
         )
 
 
-def ends_of(template: Any, tokenizer: Pieces) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def ends_of(template: str | Template, tokenizer: Pieces) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """What ends an answer: tokens any of which does, and texts at the first of which it is cut.
 
     Args:

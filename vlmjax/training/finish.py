@@ -134,7 +134,9 @@ def finish(
         from vlmjax import hub
 
         transform = build.eval_transform(recipe, model.config.image.image_shape)
-        hub.save(model, export_params, workdir.path("hf"), tokenizer=tokenizer, image_processor=transform)
+        form = Form.of_recipe(recipe) if recipe.stage == "generative" else None
+        processor = {"tokenizer": tokenizer, "image_processor": transform, "form": form}
+        hub.save(model, export_params, workdir.path("hf"), **processor)
         print(f"export      {workdir.path('hf')}")
     workdir.sync()
 
