@@ -17,6 +17,7 @@ pytest.importorskip("torch")
 from tests.parity import tiny
 from vlmjax import generate
 from vlmjax.data.conversation import Message, Part
+from vlmjax.data.images import EvalTransform
 from vlmjax.errors import UserError
 
 CHAT = (
@@ -103,7 +104,7 @@ def test_a_prompt_is_continued_as_transformers_does(folder, beams, capsys):
 def test_text_comes_piece_by_piece_and_stops(folder, capsys):
     options = parse(f"--model={folder}", "--prompt=the seal", "--max_new_tokens=12")
     speaker = generate.open_speaker(options)
-    inputs = generate.inputs_of(speaker, [generate.message("the seal", 0)], [], "")
+    inputs = generate.inputs_of(speaker, [generate.message("the seal", 0)], [])
     pieces = list(generate.answer(speaker, inputs, options))
     assert len(pieces) > 3
     stop = pieces[3]
@@ -163,13 +164,13 @@ class Seeing(nn.Module):
 
 def test_images_go_where_the_prompt_says(folder, tmp_path):
     speaker = generate.open_speaker(parse(f"--model={folder}", "--prompt=x"))
-    seeing = speaker._replace(model=Seeing(), transform=lambda x: np.float32(x[:2, :2]))
+    seeing = speaker._replace(model=Seeing(), transform=EvalTransform(2, (2, 2)))
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(tmp_path / "a.png")
     pixels = generate.read_image(str(tmp_path / "a.png"))
-    for text, parts in (("what <image>?", ("what ", None, "?")), ("what?", (None, "what?"))):
+    for text, parts in (("what <image>?", ("what ", None, "?")), ("what?", (None, "\nwhat?"))):
         said = generate.message(text, 1)
         assert said == Message("user", tuple(Part("text", x) if x else Part("image") for x in parts))
-        inputs = generate.inputs_of(seeing, [said], [pixels], "")
+        inputs = generate.inputs_of(seeing, [said], [pixels])
         ids = inputs["input_ids"][0].tolist()
         assert ids.count(7) == 2 and inputs["pixel_values"].shape == (1, 1, 2, 2, 3)
         assert (ids[:2] == [7, 7]) == (parts[0] is None)

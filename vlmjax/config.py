@@ -60,7 +60,7 @@ def duration(
 
 
 def evaluation(benchmark: str, data: str = "", **options) -> Config:
-    """One entry of `evals`: a benchmark (`zeroshot` or `retrieval`) on a data source, scored at `eval_every`.
+    """One entry of `evals`: a benchmark (`zeroshot`, `retrieval`, `vqa`) on a data source, scored at `eval_every`.
 
     Without `data` the entry is off until the command line names some: --config.evals.NAME.data=SHARDS.
     """
@@ -86,7 +86,7 @@ def augmentation(**settings) -> Config:
 def _evaluation_schema() -> Config:
     return Config(
         {
-            "benchmark": "",  # zeroshot | retrieval
+            "benchmark": "",  # zeroshot | retrieval, of dual encoders | vqa, of models that write
             "data": "",  # a source as in data.train; empty: this entry is off
             "exclude": "",  # regex on record keys (re.search) to leave out
             "keep": "",  # regex on record keys (re.search) that are kept; empty keeps all
@@ -95,6 +95,8 @@ def _evaluation_schema() -> Config:
             "templates": "",  # zeroshot: name of a built-in prompt set or a file, one template per line
             "canonical": False,  # lower-case texts without punctuation, as SigLIP expects
             "batch_size": 0,  # global; 0 = the training batch, at most 256
+            "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
+            "max_new_tokens": 16,  # vqa: of an answer
         }
     )
 

@@ -13,7 +13,9 @@ UNITS = ("steps", "examples", "epochs")  # in which a duration may be given
 METRICS = {
     "zeroshot": ("top1", "top5"),
     "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
+    "vqa": ("exact_match",),
 }
+BENCHMARKS_OF = {"contrastive": ("zeroshot", "retrieval"), "generative": ("vqa",)}  # by stage
 
 _MOST_PROCESSES = 256  # each takes seconds to start and its own memory
 
@@ -198,8 +200,16 @@ def _check_evals(c: Any) -> None:
     """Benchmarks exist, and the metric that ranks checkpoints is one of theirs."""
     for name, entry in c.evals.items():
         _one_of(entry.benchmark, f"config.evals.{name}.benchmark", tuple(METRICS))
-        for key in ("examples", "batch_size"):
-            _at_least(entry[key], 0, f"config.evals.{name}.{key}")
+        if entry.benchmark not in BENCHMARKS_OF[c.stage]:
+            needs = "a model that writes" if entry.benchmark == "vqa" else "a dual encoder"
+            raise RecipeError(
+                f"config.evals.{name}.benchmark={entry.benchmark!r} needs {needs}; stage {c.stage!r} can be scored by "
+                f"{', '.join(BENCHMARKS_OF[c.stage])}"
+            )
+        if entry.blind and entry.benchmark != "vqa":
+            raise RecipeError(f"config.evals.{name}.blind=True is for 'vqa'; leave it out")
+        for key, least in (("examples", 0), ("batch_size", 0), ("max_new_tokens", 1)):
+            _at_least(entry[key], least, f"config.evals.{name}.{key}")
     best = c.checkpoint.best_metric
     known = [
         f"eval/{name}/{metric}"

@@ -46,6 +46,14 @@ def _tiny_generative(c: Config) -> Config:
     )
     c.frozen = tuple(pattern for pattern in c.frozen if not pattern.startswith(("vision", "language")))
     c.data.max_length = 96
-    c.data.train = "scenes" if c.data.conversation.template == "plain" else "scenes:train:questions"
-    c.evals = Config()
+    if c.data.conversation.template == "plain":
+        c.data.train = "scenes"
+        captions = evaluation("vqa", "scenes:val:all", examples=128, max_new_tokens=24)
+        c.evals = Config({"captions": captions})
+        return c
+    c.data.train = "scenes:train:questions"
+    c.data.conversation.system = c.data.conversation.system or "Answer in a few words."
+    c.data.max_length = 192  # four rounds
+    questions = {"benchmark": "vqa", "data": "scenes:heldout:questions", "examples": 128}
+    c.evals = Config({"vqa": evaluation(**questions), "blind": evaluation(**questions, blind=True)})
     return c

@@ -1,5 +1,6 @@
 """`python -m vlmjax.evaluate --model=runs/clip --benchmark=zeroshot --data=x.tar`: score a trained model."""
 
+import dataclasses
 import json
 import logging
 import os
@@ -12,6 +13,7 @@ from absl import flags
 
 from vlmjax.errors import CheckpointError, DataError, UserError
 
+_MOST_IMAGES = 1  # per question
 # Flags of this command alone, so that commands can be imported side by side.
 FLAGS = flags.FlagValues()
 
@@ -21,7 +23,7 @@ def _string(name: str, default: str | None, text: str) -> None:
 
 
 _string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Face folder or hub id.")
-flags.DEFINE_enum("benchmark", None, ("zeroshot", "retrieval"), "What to measure.", flag_values=FLAGS)
+flags.DEFINE_enum("benchmark", None, ("zeroshot", "retrieval", "vqa"), "What to measure.", flag_values=FLAGS)
 _string(
     "data",
     None,
@@ -34,6 +36,19 @@ _string(
 )
 _string(
     "templates", "", "zeroshot: plain, photo, drawing, a file with one template per line, or one template."
+)
+flags.DEFINE_bool(
+    "blind",
+    False,
+    "vqa: every image in the mean colour: what the questions alone give away.",
+    flag_values=FLAGS,
+)
+flags.DEFINE_integer("max_new_tokens", 16, "vqa: of an answer.", 1, flag_values=FLAGS)
+_string(
+    "template",
+    "auto",
+    "vqa: words around a turn: v1, chatml, ...; tokenizer: its own. auto: those of the model's training, where its "
+    "folder says them, else the tokenizer's own.",
 )
 _string("out", "", "Also write the results to this json file.")
 _string("report", "", "Also write a report.html with what was found into this folder.")
@@ -55,26 +70,39 @@ def read_model(path: str) -> tuple[Any, Any, Any, Any]:
     from vlmjax import hub
     from vlmjax.export import load_workdir
 
+    is_run, path = _kind(path)
+    return load_workdir(path) if is_run else (*hub.load(path), *hub.load_processor(path))
+
+
+def read_form(path: str) -> Any:
+    """How the model of a run or a folder was spoken to in training: a `data.form.Form`, None where nothing says it."""
+    from vlmjax import hub
+    from vlmjax.export import run_form
+
+    is_run, path = _kind(path)
+    return run_form(path) if is_run else hub.load_form(path)
+
+
+def _kind(path: str) -> tuple[bool, str]:
+    """Whether a path is that of a run with checkpoints, and what to read."""
     path = path if "://" in path else os.path.expanduser(path)
     folder = Path(path)
     is_run = "://" in path or (folder / "recipe.json").is_file()
     if is_run and not (folder / "checkpoints").is_dir() and (folder / "hf" / "config.json").is_file():
         is_run, path = False, str(folder / "hf")
-    if is_run:
-        return load_workdir(path)
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if not is_run and folder.is_dir() and not (Path(path) / "config.json").is_file():
         raise CheckpointError(
             f"--model={path}: neither a run (recipe.json) nor a Hugging Face folder (config.json)"
         )
-    return *hub.load(path), *hub.load_processor(path)
+    return is_run, path
 
 
-def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
-    """Read a dual encoder: (model, params on every device, tokenizer, eval transform).
+def load_model(path: str, mesh: Any, benchmark: str = "zeroshot") -> tuple[Any, Any, Any, Any]:
+    """Read a model that a benchmark can score: (model, params on every device, tokenizer, eval transform).
 
     Raises:
         CheckpointError: a folder that is neither a run nor a Hugging Face folder.
-        DataError: a model that is no dual encoder of images and texts, or one without its processor.
+        DataError: a model of another kind than the benchmark scores, or one without its processor.
     """
     import jax
 
@@ -84,16 +112,19 @@ def load_model(path: str, mesh: Any) -> tuple[Any, Any, Any, Any]:
     if tokenizer is None or transform is None:
         lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
         raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
-    for method in ("encode_image", "encode_text"):
+    needed = ("image_features", "prepare") if benchmark == "vqa" else ("encode_image", "encode_text")
+    for method in needed:
         if not hasattr(model, method):
-            raise DataError(f"--model={path}: {type(model).__name__} has no {method}; both towers are needed")
+            needs = "a model that writes about images" if benchmark == "vqa" else "both towers"
+            raise DataError(
+                f"--model={path}: {type(model).__name__} has no {method}; --benchmark={benchmark} needs {needs}"
+            )
     return model, jax.device_put(params, replicated(mesh)), tokenizer, transform
 
 
 def evaluate(options: flags.FlagValues) -> dict[str, Any]:
     """Run the benchmark that the flags describe; returns what is written to `--out`."""
     from vlmjax.evals.benchmark import Benchmark
-    from vlmjax.evals.runner import Evaluator
     from vlmjax.evals.table import print_results
     from vlmjax.sharding.distributed import initialize
     from vlmjax.sharding.mesh import make_mesh
@@ -115,11 +146,14 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "templates",
         "batch_size",
         "canonical",
+        "blind",
+        "max_new_tokens",
     )
     benchmark = Benchmark(name=options.benchmark, **{name: options[name].value for name in fields})
     mesh = make_mesh()
-    model, params, tokenizer, transform = load_model(options.model, mesh)
-    result = Evaluator(benchmark, model, tokenizer, transform, mesh).run(params, details=bool(options.report))
+    model, params, *processor = load_model(options.model, mesh, options.benchmark)
+    evaluator = _evaluator(options, benchmark, model, *processor, mesh)
+    result = evaluator.run(params, details=bool(options.report))
     row = {"model": options.model, "data": options.data, **result.to_json()}
     if jax.process_index() == 0:
         print_results([result], title=f"{options.model} on {options.data}")
@@ -131,6 +165,21 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
             report.save_result(options.report, result)
             print(f"wrote {report.write_report(options.report)}")
     return row
+
+
+def _evaluator(options: flags.FlagValues, benchmark: Any, *parts: Any) -> Any:
+    """What runs a benchmark; `parts` are model, tokenizer, transform and mesh."""
+    if options.benchmark != "vqa":
+        from vlmjax.evals.runner import Evaluator
+
+        return Evaluator(benchmark, *parts)
+    from vlmjax.data.form import Form
+    from vlmjax.evals.answers import AnswerEvaluator
+
+    form = read_form(options.model) or Form()
+    if options.template != "auto":
+        form = dataclasses.replace(form, template=options.template)
+    return AnswerEvaluator(benchmark, *parts, form, images_per_row=_MOST_IMAGES)
 
 
 def _write(path: str, row: dict[str, Any]) -> None:

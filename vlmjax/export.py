@@ -46,12 +46,23 @@ def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, An
     return model, params, tokenizer, build.eval_transform(recipe, model.config.image.image_shape)
 
 
+def run_form(workdir: str) -> Any:
+    """How the model of a run is spoken to: a `data.form.Form`; None for a model that does not write."""
+    from vlmjax.data.form import Form
+    from vlmjax.training import build
+    from vlmjax.training.workdir import Workdir
+
+    recipe, _ = build.read_run(Workdir(workdir, writer=False))
+    return Form.of_recipe(recipe) if recipe.stage == "generative" else None
+
+
 def export(workdir: str, out: str, *, step: int | None = None) -> None:
     """Write the model of a run as a folder that transformers loads unchanged."""
     from vlmjax import hub
 
     model, params, tokenizer, transform = load_workdir(workdir, step=step)
-    hub.save(model, params, out, tokenizer=tokenizer, image_processor=transform)
+    processor = {"tokenizer": tokenizer, "image_processor": transform, "form": run_form(workdir)}
+    hub.save(model, params, out, **processor)
 
 
 def parse(arguments: Sequence[str]) -> None:

@@ -1,5 +1,6 @@
 """`python -m vlmjax.generate --model=FOLDER --prompt="..."`: text from a language model, about images where it sees."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,15 +24,15 @@ _string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Fa
 _string(
     "prompt",
     None,
-    "What to continue or to answer; <image> is where an image stands, otherwise they come first.",
+    "What to continue or to answer; <image> is where an image stands, otherwise they come on a line before it.",
 )
 flags.DEFINE_multi_string("image", [], "An image file; give it again for the next one.", flag_values=FLAGS)
 flags.DEFINE_bool("chat", False, "Talk: a line is a turn. /image FILE, /clear, /exit.", flag_values=FLAGS)
 _string(
     "template",
     AUTO,
-    "Words around a turn: v1, chatml, ...; tokenizer: its own; none: the prompt as it is. auto: the tokenizer's own "
-    "where it has one, else none.",
+    "Words around a turn: v1, chatml, ...; tokenizer: its own; none: the prompt as it is. auto: those of the model's "
+    "training where its folder says them, else the tokenizer's own, else none.",
 )
 _string("system", "", "System message in place of the template's.")
 flags.DEFINE_integer("max_new_tokens", 256, "At most this many tokens.", 1, flag_values=FLAGS)
@@ -59,7 +60,7 @@ class Speaker(NamedTuple):
     tokenizer: Any
     transform: Any
     pieces: Any
-    template: Any
+    form: Any
     ends: tuple[int, ...]
     stops: tuple[str, ...]
     longest: int
@@ -69,6 +70,7 @@ def open_speaker(options: flags.FlagValues) -> Speaker:
     """Read the model that the flags name. Raises UserError for one that writes no text."""
     import jax
 
+    from vlmjax.data.form import ends_of
     from vlmjax.data.pieces import Pieces
     from vlmjax.decode.language import DecoderLanguage, language_of
     from vlmjax.evaluate import read_model
@@ -82,9 +84,8 @@ def open_speaker(options: flags.FlagValues) -> Speaker:
         raise DataError(f"--model={options.model}: has no tokenizer; save the model with it")
     config = language.config(params) if isinstance(language, DecoderLanguage) else model.config
     pieces = Pieces(tokenizer)
-    template, stop = _template(options, pieces)
-    tokens, texts = _stops(pieces, stop)
-    ends = dict.fromkeys((*config.eos_token_ids, *tokens, pieces.eos_token_id))
+    form = _form(options, pieces)
+    tokens, texts = ends_of(form.template, pieces)
     return Speaker(
         name=options.model,
         model=model,
@@ -92,39 +93,31 @@ def open_speaker(options: flags.FlagValues) -> Speaker:
         tokenizer=tokenizer,
         transform=transform,
         pieces=pieces,
-        template=template,
-        ends=tuple(one for one in ends if one is not None),
+        form=form,
+        ends=tuple(dict.fromkeys((*config.eos_token_ids, *tokens))),
         stops=(*options.stop, *texts),
         longest=config.max_length,
     )
 
 
-def _template(options: flags.FlagValues, pieces: Any) -> tuple[Any, str]:
-    """The template to render with, and what ends an answer in it."""
+def _form(options: flags.FlagValues, pieces: Any) -> Any:
+    """How the model is spoken to: as the flags say, else as its folder does."""
     from vlmjax.data.conversation_templates import Template
+    from vlmjax.data.form import Form
+    from vlmjax.evaluate import read_form
 
     name = options.template
     if name == AUTO:
+        found = read_form(options.model)
+        if found is not None:
+            return dataclasses.replace(found, system=options.system or found.system)
         name = OWN if pieces.chat is not None else RAW
-    if name == RAW:
-        if options.chat:
-            raise UserError(
-                f"--template={options.template}: a conversation needs a template and the tokenizer of {options.model} "
-                "has none; give the one it was trained with, e.g. --template=v1"
-            )
-        return Template("", "", "", "", ""), ""
-    found = pieces.template(name)
-    return (OWN, "") if found is None else (found, found.stop)
-
-
-def _stops(pieces: Any, stop: str) -> tuple[list[int], list[str]]:
-    """What ends an answer, as tokens and as texts."""
-    from vlmjax.data.conversation import written
-    from vlmjax.data.conversation_templates import CONTROL
-
-    found = pieces.readable(written(stop, CONTROL))
-    tokens = [pieces.token(one.text) for one in found if one.kind == "token"]
-    return tokens, [one.text.strip() or one.text for one in found if one.kind == "text" and one.text != " "]
+    if name == RAW and options.chat:
+        raise UserError(
+            f"--template={options.template}: a conversation needs a template and the tokenizer of {options.model} "
+            "has none; give the one it was trained with, e.g. --template=v1"
+        )
+    return Form(Template("", "", "", "", "") if name == RAW else name, options.system)
 
 
 # ---- prompts
@@ -143,41 +136,35 @@ def read_image(path: str) -> Any:
 
 
 def message(text: str, images: int) -> Any:
-    """What the user says, with `images` images: where `<image>` stands in the text, otherwise before it."""
-    from vlmjax.data.conversation import Part, count, from_messages
+    """What the user says, with `images` images: where `<image>` stands in the text, otherwise on a line before it."""
+    from vlmjax.data.conversation import MARK, count, from_messages
 
     said = from_messages([{"role": "user", "content": text}])[0]
     marks = count([said])
     if marks and marks != images:
         raise UserError(f"the prompt has {marks} <image> and {images} images were given; give one for each")
-    return said if marks else said._replace(parts=(*[Part("image")] * images, *said.parts))
+    if marks or not images:
+        return said
+    return from_messages([{"role": "user", "content": f"{MARK * images}\n{text.lstrip()}"}])[0]
 
 
-def inputs_of(
-    speaker: Speaker, conversation: Sequence[Any], images: Sequence[Any], system: str
-) -> dict[str, Any]:
-    """What the model takes: ids of the conversation up to the answer, and pixels of its images."""
+def inputs_of(speaker: Speaker, conversation: Sequence[Any], images: Sequence[Any]) -> dict[str, Any]:
+    """What the model takes: ids of the conversation up to the answer, and normalised pixels of its images."""
     import numpy as np
 
-    from vlmjax.data.pieces import encode_prompt
-
-    model, tokens, image_id, out = speaker.model, 0, 0, {}
+    tokens, image_id, out = 0, 0, {}
     if images:
-        if speaker.transform is None or not hasattr(model.config, "image_tokens"):
+        if speaker.transform is None or not hasattr(speaker.model.config, "image_tokens"):
             raise UserError(
-                f"--model={speaker.name}: {type(model).__name__} reads text alone; leave out the images, or give a "
-                "vision-language model with its processor"
+                f"--model={speaker.name}: {type(speaker.model).__name__} reads text alone; leave out the images, or "
+                "give a vision-language model with its processor"
             )
-        out["pixel_values"] = np.stack([speaker.transform(one) for one in images])[None]
-        tokens, image_id = model.config.image_tokens, model.config.image_token_id
+        pixels = [speaker.transform.normalize(speaker.transform(one)) for one in images]
+        out["pixel_values"] = np.stack(pixels)[None]
+        tokens, image_id = speaker.model.config.image_tokens, speaker.model.config.image_token_id
     try:
-        ids = encode_prompt(
-            tuple(conversation),
-            speaker.template,
-            speaker.pieces,
-            image_tokens=tokens,
-            image_token_id=image_id,
-            system=system,
+        ids = speaker.form.prompt(
+            tuple(conversation), speaker.pieces, image_tokens=tokens, image_token_id=image_id
         )
     except BadRecord as error:
         raise UserError(f"the prompt cannot be used: {error}") from None
@@ -232,7 +219,7 @@ def generate(options: flags.FlagValues) -> None:
     images = [read_image(path) for path in options.image]
     said = message(options.prompt, len(images))
     speaker = open_speaker(options)
-    inputs = inputs_of(speaker, [said], images, options.system)
+    inputs = inputs_of(speaker, [said], images)
     try:
         for piece in answer(speaker, inputs, options):
             print(piece, end="", flush=True)
@@ -280,7 +267,7 @@ def _turn(
     from vlmjax.data.conversation import Message, Part
 
     talk, images = [*before[0], message(line, len(fresh))], [*before[1], *fresh]
-    inputs, written = inputs_of(speaker, talk, images, options.system), ""
+    inputs, written = inputs_of(speaker, talk, images), ""
     try:
         for piece in answer(speaker, inputs, options):
             print(piece, end="", flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmjax.errors import BadRecord, DataError
 
-BENCHMARKS = ("zeroshot", "retrieval")
+BENCHMARKS = ("zeroshot", "retrieval", "vqa")
 
 
 @dataclass(frozen=True)
@@ -16,15 +16,17 @@ class Benchmark:
 
     Attributes:
         name: under which results are reported.
-        benchmark: `zeroshot` or `retrieval`.
+        benchmark: `zeroshot`, `retrieval` or `vqa` (see `answers`).
         data: a source (shards, folder file, `scenes:heldout`, ...).
         keep, exclude: regular expressions searched in record keys; empty: all records, none.
         examples: use the first this many records; 0 = all.
         classes: zero-shot: file of classes (see `labels.read_classes`); empty: the distinct captions.
         templates: zero-shot: a set, file or template (see `templates.load_templates`); empty: `photo` with a
             classes file, else `plain`.
-        batch_size: global; 0 = 256.
+        batch_size: global; 0 = 256, for vqa 64.
         canonical: lower-case texts and delete their punctuation, as SigLIP's text towers expect.
+        blind: vqa: every image in the mean colour: what the questions alone give away.
+        max_new_tokens: vqa: of an answer.
     """
 
     name: str
@@ -37,6 +39,8 @@ class Benchmark:
     templates: str | Sequence[str] = ""
     batch_size: int = 0
     canonical: bool = False
+    blind: bool = False
+    max_new_tokens: int = 16
 
     def __post_init__(self) -> None:
         """Raise DataError for a benchmark that does not exist."""
@@ -50,8 +54,10 @@ class EvalResult:
 
     Attributes:
         name, benchmark: of the Benchmark.
-        metrics: fractions: `top1`, `top5`, or `text_to_image_r1`, `_r5`, `_r10`, `image_to_text_r1`, ...
-        chance: the same names, the value of guessing at random.
+        metrics: fractions: `top1`, `top5`, or `text_to_image_r1`, `_r5`, `_r10`, `image_to_text_r1`, ..., or
+            `exact_match`.
+        chance: the same names, the value of guessing at random; for `exact_match` of giving each kind of question
+            its most frequent answer.
         counts: `records`, `used`, `skipped`, and how many images, texts or classes took part; for retrieval
             also what ties could change, where there are any.
         skipped_reasons: number of skipped records by reason.
@@ -97,7 +103,7 @@ def select(source: Any, benchmark: Benchmark) -> list[int]:
             keep, exclude = re.compile(benchmark.keep), re.compile(benchmark.exclude or r"(?!)")
         except re.error as error:
             raise DataError(f"{benchmark.name}: keep or exclude is no regular expression: {error}") from None
-        indices = [i for i in indices if keep.search(key := _key(source, i)) and not exclude.search(key)]
+        indices = [i for i in indices if keep.search(key := key_at(source, i)) and not exclude.search(key)]
     indices = list(indices[: benchmark.examples] if benchmark.examples else indices)
     if not indices:
         raise DataError(
@@ -107,7 +113,7 @@ def select(source: Any, benchmark: Benchmark) -> list[int]:
     return indices
 
 
-def _key(source: Any, index: int) -> str:
+def key_at(source: Any, index: int) -> str:
     """The key of a record, from the source's index where it has one; a bad record still names its key."""
     if hasattr(source, "key"):
         return source.key(index)

@@ -40,7 +40,7 @@ def retrieval_details(
         `similarity`: {images, captions, similarity [n, n]}. An `image` is pixels.
     """
     to_image, to_text = [], []
-    for query in _spread(len(texts)):
+    for query in spread(len(texts)):
         scores = text_features[query][None, :] @ image_features.T
         found = [
             {
@@ -51,7 +51,7 @@ def retrieval_details(
             for i in best_candidates(scores, FOUND)[0]
         ]
         to_image.append({"text": texts[query], "rank": int(ranks["text_to_image"][query]), "found": found})
-    for query in _spread(len(texts_of_image)):
+    for query in spread(len(texts_of_image)):
         scores = image_features[query][None, :] @ text_features.T
         found = [
             {"text": texts[t], "score": float(scores[0, t]), "right": int(t) in texts_of_image[query]}
@@ -145,6 +145,6 @@ def _most_confused(classes: int, common: Sequence[tuple[tuple[int, int], int]]) 
     return list(chosen)
 
 
-def _spread(count: int) -> list[int]:
+def spread(count: int) -> list[int]:
     """Up to QUERIES indices spread evenly over `count`: the same ones every time, so runs can be compared."""
     return sorted({int(i) for i in np.linspace(0, count - 1, min(count, QUERIES))})

@@ -8,6 +8,7 @@ from vlmjax.evals.benchmark import EvalResult
 TITLES = {
     "top1": "top-1",
     "top5": "top-5",
+    "exact_match": "exact match",
     **{f"text_to_image_r{k}": f"text → image R@{k}" for k in (1, 5, 10)},
     **{f"image_to_text_r{k}": f"image → text R@{k}" for k in (1, 5, 10)},
 }

@@ -1,12 +1,14 @@
 """The Hugging Face format: `load` a folder or hub id (`load_model`: without weights), `save`, `load_processor`.
 
+`load_form`: how the model of a folder was spoken to.
+
 Importing this room loads neither jax nor transformers; the first call does.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["load", "load_model", "load_processor", "save"]
+__all__ = ["load", "load_form", "load_model", "load_processor", "save"]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
@@ -19,4 +21,8 @@ def __getattr__(name: str) -> Callable[..., Any]:
         from vlmjax.hub import processor
 
         return processor.load_processor
+    if name == "load_form":
+        from vlmjax.hub import chat
+
+        return chat.load_form
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmjax.data.form import Form
 from vlmjax.errors import HubError, RecipeError
 from vlmjax.hub import bert, clip, llama, llava, opt, processor, safetensors, siglip, table
 from vlmjax.hub.family import Family, nearest
@@ -135,6 +136,7 @@ def save(
     tokenizer: Any = None,
     image_processor: Any = None,
     *,
+    form: Form | None = None,
     dtype: str = "float32",
     max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
 ) -> None:
@@ -150,6 +152,7 @@ def save(
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
         image_processor: `vlmjax.data.images.EvalTransform`, a transformers image processor, the dict of its
             configuration, or a folder with one.
+        form: how a model that writes was spoken to in training; with it the folder gets a chat template.
         dtype: of the tensors in the file.
         max_shard_bytes: above this the weights are split, with an index.
 
@@ -177,7 +180,7 @@ def save(
     safetensors.write_folder(tensors, path, max_shard_bytes=max_shard_bytes)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (path / "config.json").write_text(text, encoding="utf-8")
-    processor.write(family, model, tokenizer, settings, path)
+    processor.write(family, model, tokenizer, settings, path, form)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -9,14 +9,17 @@ from typing import Any
 import flax.linen as nn
 
 from vlmjax.data import text
+from vlmjax.data.form import Form
 from vlmjax.data.images import EvalTransform
 from vlmjax.errors import DataError, HubError
+from vlmjax.hub import chat, llava_processor
 from vlmjax.hub.family import Family
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
+from vlmjax.models.vlm import Vlm
 
 IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
@@ -93,6 +96,8 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
     """
     image, words = _towers(model)
     _check_tokenizer(family, words, tokenizer)
+    if isinstance(model, Vlm) and isinstance(tokenizer, text.Tokenizer):
+        llava_processor.check(model.config, tokenizer)
     if image_processor is None:
         return None
     if image is None:
@@ -108,12 +113,18 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
 
 
 def write(
-    family: Family, model: nn.Module, tokenizer: Any, settings: Mapping[str, Any] | None, path: Path
+    family: Family,
+    model: nn.Module,
+    tokenizer: Any,
+    settings: Mapping[str, Any] | None,
+    path: Path,
+    form: Form | None = None,
 ) -> None:
-    """Write the files of tokenizer and image processor into a folder."""
+    """Write the files of tokenizer and image processor into a folder; `form`: how the model is spoken to."""
     if settings is not None:
         (path / BOTH).unlink(missing_ok=True)  # of an earlier save by transformers 5, which would win
-        (path / IMAGES).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        _write_json(path / IMAGES, settings)
+    (path / chat.JINJA).unlink(missing_ok=True)
     if tokenizer is None:
         return
     length = _towers(model)[1].max_length
@@ -123,10 +134,26 @@ def write(
     else:
         tokenizer.save_pretrained(str(path))
     stated = _json(path / TOKENIZER)
+    if isinstance(model, Vlm):
+        ours = _as_ours(tokenizer, path, length)
+        stated |= llava_processor.leave_open(ours, path) or {}
+        llava_processor.write_generation(model.config, ours, form, path)
+        _write_json(path / BOTH, llava_processor.settings(model.config))
+    if form is not None:
+        chat.write_form(form, stated, path)
     if family.processor is not None:
         stated["processor_class"] = family.processor
     stated["model_max_length"] = min(stated.get("model_max_length", length), length)
-    (path / TOKENIZER).write_text(json.dumps(stated, indent=2) + "\n", encoding="utf-8")
+    _write_json(path / TOKENIZER, stated)
+
+
+def _write_json(file: Path, value: Mapping[str, Any]) -> None:
+    file.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def _as_ours(tokenizer: Any, path: Path, length: int) -> text.Tokenizer:
+    """The tokenizer that has been written into a folder, as ours."""
+    return tokenizer if isinstance(tokenizer, text.Tokenizer) else text.load(path, length)
 
 
 def _towers(model: nn.Module) -> tuple[VitConfig | None, Words | None]:

@@ -12,11 +12,14 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import vlmjax
+from vlmjax.data.form import Form
 from vlmjax.data.sources import Source
+from vlmjax.evals.answers import AnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark, EvalResult, benchmark_of
 from vlmjax.evals.embed import Embedder
 from vlmjax.evals.runner import Evaluator
 from vlmjax.evals.table import print_results
+from vlmjax.evals.writing import Writer
 from vlmjax.training import build
 from vlmjax.training.report import save_result, save_similarity, write_report
 from vlmjax.training.state import TrainState, merge
@@ -35,6 +38,9 @@ class Evaluations:
         self._dual = recipe.stage == "contrastive"
         if self._dual:
             self._evaluator = partial(Evaluator, **parts, embedder=Embedder(**parts))
+        else:
+            form = {"form": Form.of_recipe(recipe), "images_per_row": recipe.data.images_per_row}
+            self._evaluator = partial(AnswerEvaluator, **parts, **form, writer=Writer(model, transform, mesh))
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
         for name, entry in recipe.evals.items():
@@ -45,13 +51,18 @@ class Evaluations:
                     self._evaluators.append(self._evaluator(benchmark))
         self.results: list[EvalResult] = []
 
-    def run(self, state: TrainState) -> dict[str, float]:
-        """Score a state (its averaged parameters where it has them); metrics as `eval/<name>/<metric>`."""
+    def run(self, state: TrainState, step: int) -> dict[str, float]:
+        """Score a state (its averaged parameters where it has them); metrics as `eval/<name>/<metric>`.
+
+        Args:
+          state: of the run.
+          step: it has come to: the report tells answers of several steps apart.
+        """
         params = evaluated(state)
         self.results = [evaluator.run(params) for evaluator in self._evaluators]
         if self._workdir.writer:
             for result in self.results:
-                save_result(self._workdir.local, result)
+                save_result(self._workdir.local, result, step)
         return {key: value for result in self.results for key, value in result.row().items()}
 
     def compare(self, state: TrainState, batch: Callable[[], Source]) -> None:
@@ -121,7 +132,9 @@ def finish(
         from vlmjax import hub
 
         transform = build.eval_transform(recipe, model.config.image.image_shape)
-        hub.save(model, export_params, workdir.path("hf"), tokenizer=tokenizer, image_processor=transform)
+        form = Form.of_recipe(recipe) if recipe.stage == "generative" else None
+        processor = {"tokenizer": tokenizer, "image_processor": transform, "form": form}
+        hub.save(model, export_params, workdir.path("hf"), **processor)
         print(f"export      {workdir.path('hf')}")
     workdir.sync()
 

@@ -105,7 +105,8 @@ class Run:
         self.hosts = Hosts(folder, phases)
         work = self.program.stage.train_flops(recipe.batch_size, self.state.params)
         self.clock = Clock(recipe.batch_size, work, self.model.config.image.dtype)
-        self.bar = ProgressBar(self.start, lengths.total, shown=self.first)
+        unit = "rows" if recipe.stage == "generative" else "images"
+        self.bar = ProgressBar(self.start, lengths.total, self.first, unit)
         begin = min(self.start + 3, lengths.total)
         self.trace = Trace(folder, first=begin, steps=3 if profile else 0)
         spikes = Spikes(folder, recipe.spikes, **saved.get("spikes", {}))
@@ -132,9 +133,8 @@ class Run:
             self._close()
         self.phases.enter("finish")
         if self.start >= self.lengths.total and not self.results:
-            self.results = self.evaluations.run(
-                self.state
-            )  # the run was over before: say again what it reached
+            # The run was over before: say again what it reached.
+            self.results = self.evaluations.run(self.state, self.step)
         finish.finish(
             self.recipe,
             self.folder,
@@ -215,7 +215,7 @@ class Run:
 
     def _evaluate(self) -> dict[str, float]:
         self.phases.enter("evaluate")
-        measured = self.evaluations.run(self.state)
+        measured = self.evaluations.run(self.state, self.step)
         self.log.write(self.step, measured)
         return measured
 

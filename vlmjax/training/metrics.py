@@ -155,8 +155,9 @@ def _lines_up_to(path: Any, step: int) -> list[str]:
 class ProgressBar:
     """Step, loss, images/s, share of time waiting for data, time left: a bar in a terminal, lines elsewhere."""
 
-    def __init__(self, start: int, total: int, shown: bool = True):
-        """`shown` is False on every process but the first."""
+    def __init__(self, start: int, total: int, shown: bool = True, unit: str = "images"):
+        """`shown` is False on every process but the first; a batch is of so many `unit`."""
+        self._unit = unit
         self._console = Console()
         self._bar = None
         self._total, self._shown = total, shown
@@ -183,7 +184,7 @@ class ProgressBar:
         """Show the numbers of a logged step."""
         text = f"loss {row['loss']:.4f}"
         if "images_per_second" in row:
-            text += f"  {row['images_per_second']:.0f} images/s  data wait {row['data_wait_share']:.0%}"
+            text += f"  {row['images_per_second']:.0f} {self._unit}/s  data wait {row['data_wait_share']:.0%}"
         if "mfu" in row:
             text += f"  MFU {row['mfu']:.1%}"
         if self._bar:

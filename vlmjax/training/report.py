@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vlmjax.training import attempts, report_html
+from vlmjax.training import attempts, report_answers, report_html
 
 PICTURE = 96  # pixels; pictures are kept as squares of this side
 _log = logging.getLogger(__name__)
 Folder = str | os.PathLike[str]
 
 
-def save_result(workdir: Folder, result: Any) -> None:
+def save_result(workdir: Folder, result: Any, step: int = 0) -> None:
     """Keep an EvalResult for the report: its numbers, and its details where it has any.
 
-    A later result of the same name takes its place.
+    A later result of the same name takes its place; answers are kept beside those of earlier steps.
     """
     path = _folder(workdir) / "results.json"
     results = {row["name"]: row for row in _read_json(path, []) if isinstance(row, dict) and "name" in row}
@@ -37,6 +37,8 @@ def save_result(workdir: Folder, result: Any) -> None:
         pairs = details.pop("similarity")
         save_similarity(workdir, pairs["images"], pairs["captions"], pairs["similarity"])
         save_retrieval(workdir, result.name, details)
+    elif result.benchmark == "vqa":
+        save_answers(workdir, result.name, details, step)
     else:
         save_zeroshot(workdir, result.name, details)
 
@@ -84,6 +86,21 @@ def save_zeroshot(workdir: Folder, name: str, details: Mapping[str, Any]) -> Non
     _save_details(_folder(workdir), f"zeroshot_{name}", {"name": name, **details})
 
 
+def save_answers(workdir: Folder, name: str, details: Mapping[str, Any], step: int) -> None:
+    """Keep sample answers as report/answers_<name>.json, beside those of earlier steps, pictures in a .npz.
+
+    Args:
+        workdir: of the run.
+        name: of the evaluation.
+        details: `samples`, `kinds` and `blind` as `vlmjax.evals.answers` gives them.
+        step: of the run.
+    """
+    folder, stem = _folder(workdir), _stem(f"answers_{name}")
+    before = _read_json(folder / f"{stem}.json", {}).get("samples")
+    samples = report_answers.joined(details["samples"], before, step)
+    _save_details(folder, stem, {"name": name, **details, "samples": samples})
+
+
 def write_report(workdir: Folder) -> Path:
     """Write workdir/report.html from whatever the folder holds; returns its path.
 
@@ -97,6 +114,7 @@ def write_report(workdir: Folder) -> Path:
         results=[row for row in _read_json(folder / "results.json", []) if _is_result(row)],
         similarity=_read_similarity(folder / "similarity.npz"),
         retrieval=[_read_details(path) for path in sorted(folder.glob("retrieval_*.json"))],
+        answers=[_read_details(path) for path in sorted(folder.glob("answers_*.json"))],
         zeroshot=[_read_details(path) for path in sorted(folder.glob("zeroshot_*.json"))],
         recipe=_read_json(root / "recipe.json", {}),
         environment=_read_json(root / "environment.json", {}),
@@ -171,8 +189,12 @@ def _squares(images: Sequence[np.ndarray]) -> np.ndarray:
     return out
 
 
+def _stem(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "-" for c in name)
+
+
 def _save_details(folder: Path, stem: str, details: Mapping[str, Any]) -> None:
-    stem = "".join(c if c.isalnum() or c in "-_." else "-" for c in stem)
+    stem = _stem(stem)
     pictures: list[np.ndarray] = []
     value = _without_pictures(details, pictures)
     buffer = io.BytesIO()

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import Any
 
 from vlmjax.evals.table import TITLES
-from vlmjax.training import report_figures, report_time
+from vlmjax.training import report_answers, report_figures, report_time
 from vlmjax.training.report_charts import Number, line_chart, short
 from vlmjax.training.report_style import CSS
 
@@ -20,6 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 CHARTS = (
     ("Loss", ("loss",), False),
     ("Accuracy within the batch", ("image_to_text_accuracy", "text_to_image_accuracy"), True),
+    ("Token accuracy", ("token_accuracy",), True),
     ("Learning rate", ("learning_rate",), False),
     ("Gradient norm", ("grad_norm",), False),
     ("Logit scale", ("logit_scale",), False),
@@ -28,6 +29,8 @@ CHARTS = (
     ("Model TFLOP per second", ("model_tflops_per_second",), False),
     ("Model FLOPs utilisation", ("mfu",), True),
 )
+# The metric of each benchmark that the top of the page shows.
+HEADLINES = {"zeroshot": "top1", "retrieval": "text_to_image_r1", "vqa": "exact_match"}
 _log = logging.getLogger(__name__)
 NOT_DRAWN = {"step", "examples", "epoch", "finite", "step_seconds"}
 
@@ -42,17 +45,24 @@ def page(
     zeroshot: Rows,
     recipe: Mapping[str, Any],
     environment: Mapping[str, Any],
+    answers: Rows = (),
     attempts: Rows = (),
     hosts: Mapping[str, Any] = MappingProxyType({}),
 ) -> str:
     """The whole page; every part that has nothing to show is left out."""
-    fig = report_figures
+    fig, talk = report_figures, report_answers
+    # What a batch consists of: of several images a row, or none, where rows are conversations.
+    rate = "rows per second" if recipe.get("stage") == "generative" else "images per second"
     parts = [
         header(title, recipe, environment),
-        section("", tiles, rows, results),
-        section("Results", results_table, results, lead="Fractions of queries or images, beside guessing."),
-        section("Training", curves, rows),
+        section("", tiles, rows, results, rate),
+        section("Results", results_table, results, lead="Fractions of what was asked, beside guessing."),
+        section("Training", curves, rows, rate),
         section("Evaluation while training", evaluation_curves, rows, results, lead="Dashed: chance."),
+        *[
+            section(_heading("Answers", found), talk.samples, found, lead=talk.lead(found))
+            for found in answers
+        ],
         section("Where the time went", report_time.times, attempts, lead=report_time.LEAD),
         section("Hosts", report_time.hosts, hosts, lead=report_time.HOSTS_LEAD),
         section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
@@ -103,8 +113,8 @@ def header(title: str, recipe: Mapping[str, Any], environment: Mapping[str, Any]
     return f'<header><div class="mark">vlmjax</div><h1>{html.escape(title)}</h1><p>{line}</p></header>'
 
 
-def tiles(rows: Rows, results: Rows) -> str:
-    """The few numbers one looks for first."""
+def tiles(rows: Rows, results: Rows, rate: str = "images per second") -> str:
+    """The few numbers one looks for first; `rate` is what `images_per_second` counts."""
     found: list[tuple[str, str]] = []
     losses = _line(rows, "loss")
     if rows:
@@ -118,9 +128,9 @@ def tiles(rows: Rows, results: Rows) -> str:
         found.append((short(losses[-1][1]), "last loss"))
     rates = [y for _, y in _line(rows, "images_per_second") if math.isfinite(y)]
     if rates:
-        found.append((f"{statistics.median(rates):,.0f}", "images per second"))
+        found.append((f"{statistics.median(rates):,.0f}", rate))
     for result in results:
-        metric = "top1" if result["benchmark"] == "zeroshot" else "text_to_image_r1"
+        metric = HEADLINES.get(result["benchmark"], "")
         if _is_number(result.get(metric)):
             found.append((f"{result[metric]:.1%}", f"{TITLES[metric]}, {result['name']}"))
     shown = "".join(
@@ -176,12 +186,13 @@ def _small(share: Number) -> str:
     return f"{share:.2%}" if share >= 1e-4 else f"{share * 100:.2g}%"
 
 
-def curves(rows: Rows) -> str:
-    """Every number of the training lines as a chart, the known ones first."""
+def curves(rows: Rows, rate: str = "images per second") -> str:
+    """Every number of the training lines as a chart, the known ones first; `rate` as of `tiles`."""
     names = {name: None for row in rows for name, value in row.items() if _is_number(value)}
     plots, drawn = [], set(NOT_DRAWN)
     for title, keys, percent in CHARTS:
         drawn |= set(keys)
+        title = rate.capitalize() if keys == ("images_per_second",) else title
         series = {_short_name(key): _line(rows, key) for key in keys if key in names}
         if series:
             plots.append(plot(title, series, percent=percent))

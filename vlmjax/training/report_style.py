@@ -94,6 +94,8 @@ table { border-collapse: collapse; width: 100%; }
 .hit.text { text-align: left; padding: 6px 9px; font-size: 12.5px; color: var(--ink);
   overflow-wrap: anywhere; }
 .hit.text .mark, .hit.text small { font-size: 12px; } .hit small { color: var(--soft); }
+.talk { grid-template-columns: minmax(220px, 1fr) 2fr; }
+  .talk .found { grid-template-columns: repeat(auto-fill, minmax(130px, 1fr)); }
 img.thumb { width: 80px; height: 80px; border-radius: 7px; object-fit: cover; background: var(--wash);
   flex: none; }
 .confusion { width: auto; margin: 0 auto; font-size: 12.5px; } .confusion td, .confusion th { padding: 0;
@@ -123,7 +125,7 @@ details { margin-top: 12px; } summary { cursor: pointer; font-weight: 600; }
   line-height: 1.65; }
 .none { color: var(--soft); margin: 18px 0; } footer { margin-top: 54px; color: var(--faint);
   font-size: 13px; }
-@media (max-width: 720px) { main { padding: 24px 16px 48px; } .query { grid-template-columns: 1fr;
+@media (max-width: 720px) { main { padding: 24px 16px 48px; } .query, .talk { grid-template-columns: 1fr;
   gap: 8px; } h1 { font-size: 27px; } }
 @media print { :root { --paper: #fff; --card: #fff; } main { max-width: none; padding: 0; }
   section { margin-top: 26px; } .card { border-color: #ddd; }

@@ -87,7 +87,7 @@ class Workdir:
     def _fetch(self) -> None:
         """Bring what a resumed run reads (recipe, tokenizer, metrics) into the mirror."""
         system, base = fsspec.core.url_to_fs(self.root)
-        for name in ("recipe.json", "model.json", "metrics.jsonl", "attempts.json", "tokenizer"):
+        for name in ("recipe.json", "model.json", "metrics.jsonl", "attempts.json", "tokenizer", "report"):
             if system.isdir(f"{base}/{name}"):
                 for file in system.find(f"{base}/{name}"):
                     target = self.path(name, file.split(f"/{name}/")[-1])

@@ -1,0 +1,93 @@
+"""Greedy answers to prompts with images, on every device of a mesh and from every process."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, UInt8
+
+from vlmjax.decode import loop
+from vlmjax.decode.language import language_of
+from vlmjax.decode.options import Options
+from vlmjax.decode.prompts import bucket
+from vlmjax.sharding.activations import on_mesh
+from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
+
+
+class Writer:
+    """A model that writes, as one compiled function for each bucket of prompt length and of new tokens.
+
+    Rows are split over the mesh's batch axes, parameters stay where they are; every process receives all answers.
+    """
+
+    def __init__(self, model: Any, transform: Any, mesh: jax.sharding.Mesh):
+        """`model` is a `models.vlm.Vlm`; `transform` its own EvalTransform, with `mean` and `std`."""
+        self.mesh, language = mesh, language_of(model)
+        std = np.asarray(transform.std, np.float32)[None, None, None, None, :]
+        mean = np.asarray(transform.mean, np.float32)[None, None, None, None, :]
+
+        @on_mesh(mesh)
+        def write(options: Options, new: int, limit: int, params: Any, inputs: Mapping[str, Array]) -> Array:
+            pixels = inputs["pixel_values"].astype(jnp.float32) / (255 * std) - mean / std
+            # Greedy: the key is never drawn from.
+            limits = jnp.full((), limit, jnp.int32), jax.random.key(0)
+            return loop.run(language, options, new, params, {**inputs, "pixel_values": pixels}, *limits)
+
+        self._write = jax.jit(write, static_argnums=(0, 1, 2), out_shardings=replicated(mesh))
+
+    def rows_per_batch(self, wanted: int) -> int:
+        """`wanted`, rounded up to a multiple of the batch shards."""
+        shards = batch_shards(self.mesh)
+        return -(-wanted // shards) * shards
+
+    def __call__(
+        self,
+        params: Any,
+        prompts: Sequence[np.ndarray],
+        length: int,
+        pixels: UInt8[np.ndarray, "own slots height width 3"],
+        batch_size: int,
+        *,
+        max_new_tokens: int,
+        ends: tuple[int, ...],
+        pad: int,
+    ) -> Int[np.ndarray, "prompts new"]:
+        """Continue a batch of prompts.
+
+        Args:
+          params: on the mesh.
+          prompts: at most `batch_size`, int32 ids of at most `length` tokens, the same on every process.
+          length: to compile for, see `batches`.
+          pixels: of this process's rows, not normalised.
+          batch_size: rows over all devices.
+          max_new_tokens: of each answer.
+          ends: tokens that end an answer.
+          pad: the token after its end.
+        """
+        ids = np.full((batch_size, length), pad, np.int32)
+        mask = np.zeros((batch_size, length), np.int32)
+        mask[:, 0] = 1  # a row without a prompt still needs a token
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
+        own = local_rows(self.mesh, batch_size)
+        rows = slice(own.start, own.stop)
+        local = {"input_ids": ids[rows], "attention_mask": mask[rows], "pixel_values": pixels}
+        options = Options(eos_token_ids=ends, pad_token_id=pad)
+        inputs = to_global(local, self.mesh, batch_size)
+        out = self._write(options, bucket(max_new_tokens), max_new_tokens, params, inputs)
+        return np.asarray(out)[: len(prompts), :max_new_tokens]
+
+
+def batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
+    """Prompts in batches of like length: (tokens to compile for, which of them), the shorter ones first.
+
+    Args:
+      lengths: tokens of each prompt.
+      batch_size: prompts of a batch, at most.
+    """
+    for wanted in sorted({bucket(length) for length in lengths}):
+        alike = [place for place, length in enumerate(lengths) if bucket(length) == wanted]
+        for start in range(0, len(alike), batch_size):
+            yield wanted, alike[start : start + batch_size]
