@@ -2,6 +2,7 @@
 
 PACE: seconds before each batch. NAN_AT: steps, "5" or "5,6,7" or "5-" for all from 5 on, whose loss is made NaN.
 STOP_AT: the step during which the process sends itself a SIGTERM.
+SLOW: "PROCESS", whose batches alone come at that pace.
 STUCK: "PROCESS:STEP", a process that sleeps for ever when asked for the batch of that step.
 """
 
@@ -18,6 +19,7 @@ from vlmjax.stages.contrastive import Contrastive
 
 MARK = 7  # a picture of this value alone stands for a record that makes the loss NaN
 PACE = float(os.environ.get("PACE", 0))
+SLOW = os.environ.get("SLOW", os.environ.get("VLMJAX_PROCESS_ID", "0"))
 STUCK = tuple(map(int, os.environ.get("STUCK", "-1:0").split(":")))
 
 
@@ -36,7 +38,7 @@ def paced(self):
         time.sleep(10_000)
     if os.environ.get("STOP_AT") == str(self.step):
         os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PACE)
+    time.sleep(PACE if SLOW == os.environ.get("VLMJAX_PROCESS_ID", "0") else 0)
     if poisoned(self.step):
         batch["pixel_values"] = batch["pixel_values"] * 0 + batch["pixel_values"].dtype.type(MARK)
     return batch

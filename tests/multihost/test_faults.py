@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from multihost.pair import STEPS, Pair, run
+from multihost.pair import PATIENCE, STEPS, Pair, run
 from training import tiny
 
 pytestmark = pytest.mark.slow
@@ -58,6 +58,17 @@ def test_a_process_lives_but_is_stuck(uninterrupted, tmp_path):
         codes = pair.codes(15 + BOUND)
         assert 76 in codes and set(codes) <= {75, 76}, (codes, pair.output())
         assert "stuck in phase" in pair.output() and "fault_program.py" in pair.output()
+
+
+def test_a_host_slow_with_its_data_is_waited_for_and_named(uninterrupted, tmp_path):
+    """Slow is not stuck: every batch is a sign of life."""
+    folder, recipe = uninterrupted
+    with Pair(tmp_path, recipe, tmp_path / "run", "--config.watchdog=30", PACE="0.5", SLOW="1") as pair:
+        assert pair.codes(PATIENCE) == [0, 0], pair.output()
+    assert exact(tmp_path / "run") == exact(folder / "run")
+    rows = [row for row in tiny.rows(tmp_path / "run") if row.get("step", 0) > 2 and "loss" in row]
+    assert rows and all(row["hosts/data_slowest"] == 1 for row in rows)
+    assert all(row["hosts/data_longest"] > 0.4 * (row["hosts/data_seconds"] > 0) for row in rows)
 
 
 def test_one_nan_skips_one_update(uninterrupted, tmp_path):
