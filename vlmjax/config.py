@@ -45,6 +45,10 @@ VLM_SHARDING = (
     (r".*", ()),
 )
 
+# What has no weight decay: CLIP paper section 2.5, "all weights that are not gains or biases" have it; nor have
+# low-rank adapters.
+NO_DECAY = r".*(/bias|/scale|class_embedding|logit_scale|logit_bias)|lora/.*"
+
 
 def duration(
     steps: int | None = None, examples: int | None = None, epochs: float | int | None = None
@@ -184,6 +188,17 @@ def recipe() -> Config:
     )
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
+    # Generative: low-rank adapters beside kernels, which are frozen then (LoRA, arXiv 2106.09685): models/lora.py.
+    # They are placed as their kernels, and merged into them where the model is exported.
+    c.lora = Config(
+        {
+            "rank": 0,  # 0 = none
+            "alpha": 16.0,  # the product of the two matrices counts alpha / rank times
+            "targets": (),  # regexes on paths of kernels, such as "language_model/.*/(q_proj|v_proj)/kernel"
+            "dropout": 0.0,  # share of what an adapter reads that is zero in training
+        }
+    )
+
     c.loss = Config()
     c.loss.kind = "softmax"  # softmax (CLIP) | sigmoid (SigLIP)
     c.loss.form = (
@@ -256,10 +271,7 @@ def recipe() -> Config:
     c.optimizer.warmup = duration()  # linear, from 0
     c.optimizer.cooldown = duration()  # linear, to 0 (rsqrt and constant)
     c.optimizer.learning_rate_multipliers = ()  # ((regex, factor), ...), first match wins, others 1
-    # CLIP paper section 2.5: decay "all weights that are not gains or biases"
-    c.optimizer.weight_decay_multipliers = (
-        (r".*(/bias|/scale|class_embedding|logit_scale|logit_bias)", 0.0),
-    )
+    c.optimizer.weight_decay_multipliers = ((NO_DECAY, 0.0),)
 
     c.ema = Config({"decay": 0.0})  # moving average of the parameters, evaluated and exported; 0 = none
 
