@@ -5,8 +5,10 @@ compares it with the schema: unknown keys (with the nearest valid name), wrong t
 """
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -286,6 +288,22 @@ def recipe() -> Config:
     c.mesh = Config({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; data -1 takes the rest
     c.sharding = TOWER_SHARDING  # ((regex, mesh axis or None per dimension), ...), first match wins
     return c
+
+
+def beside(file: str, name: str) -> Config:
+    """The full recipe of another file of the same folder, for one that differs from it in a few lines.
+
+    Args:
+      file: `__file__` of the recipe that differs.
+      name: such as "llava15_7b_stage1.py".
+    """
+    path = Path(file).with_name(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None:
+        raise RecipeError(f"{file} is a change of {path}, which is not there: copy both")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def tiny(c: Config) -> Config:

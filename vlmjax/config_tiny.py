@@ -45,7 +45,12 @@ def _tiny_generative(c: Config) -> Config:
         {"width": 96, "depth": 3, "heads": 4, "kv_heads": 2, "mlp_dim": 256, "vocab_size": 0, "tied": True}
     )
     c.frozen = tuple(pattern for pattern in c.frozen if not pattern.startswith(("vision", "language")))
-    c.data.max_length = 96
-    c.data.train = "scenes" if c.data.conversation.template == "plain" else "scenes:train:questions"
+    if c.lora.rank > 4:
+        c.lora.alpha, c.lora.rank = 4 * c.lora.alpha / c.lora.rank, 4
+    c.data.max_length, c.data.train = 96, "scenes"
+    if c.data.conversation.template != "plain":
+        # The templates' own system messages would fill the row: the words of so few tokens are short.
+        c.data.conversation.system = "Look at the picture."
+        c.data.max_length, c.data.train = 128, "scenes:train:questions"
     c.evals = Config()
     return c
