@@ -10,4 +10,5 @@ def get_config(arg: str = "") -> Config:
     """The recipe; `:tiny` is the same at laptop size."""
     c = beside(__file__, "llava15_7b_stage1.py")
     c.model.language_from = "lmsys/vicuna-13b-v1.5"
+    c.model.language.update({"width": 5120, "depth": 40, "heads": 40, "kv_heads": 40, "mlp_dim": 13824})
     return choose(c, arg)

@@ -9,5 +9,6 @@ from vlmjax.config import Config, beside, choose
 def get_config(arg: str = "") -> Config:
     """The recipe; `:tiny` is the same at laptop size, on questions about scenes."""
     c = beside(__file__, "llava15_7b_stage2.py")
+    c.model = beside(__file__, "llava15_13b_stage1.py").model
     c.init_from = "runs/llava15_13b_stage1/hf"  # what configs/llava15_13b_stage1.py leaves
     return choose(c, arg)

@@ -13,7 +13,13 @@ def get_config(arg: str = "") -> Config:
     c.stage = "generative"
     c.model.image_from = "openai/clip-vit-large-patch14-336"
     c.model.language_from = "lmsys/vicuna-7b-v1.5"
-    c.model.image.image_size, c.model.image.patch_size = 336, 14
+    # The sizes of both, which are planned with where the folders are not at hand.
+    c.model.image.update({"width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096})
+    c.model.image.update({"image_size": 336, "patch_size": 14})
+    c.model.language.update({"width": 4096, "depth": 32, "heads": 32, "kv_heads": 32, "mlp_dim": 11008})
+    c.model.language.update(
+        {"vocab_size": 32064, "tied": False}
+    )  # 32,000 of Llama 2, <image>, up to whole 64s
     c.model.bridge.update({"kind": "mlp", "depth": 2, "activation": "gelu"})  # section 3.3
     c.model.feature_layers = (-2,)  # 2304.08485, section 4.1: the grid before the last layer
     c.model.remat = "full"

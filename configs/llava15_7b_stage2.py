@@ -5,16 +5,15 @@ pictures, regions, and ShareGPT's, which have no picture). The tower stays as it
 those of scripts/v1_5/finetune.sh in haotian-liu/LLaVA.
 """
 
-from vlmjax.config import VLM_SHARDING, Config, augmentation, choose, duration, recipe
+from vlmjax.config import VLM_SHARDING, Config, augmentation, beside, choose, duration, recipe
 
 
 def get_config(arg: str = "") -> Config:
     """The recipe; `:tiny` is the same at laptop size, on questions about scenes."""
     c = recipe()
     c.stage = "generative"
+    c.model = beside(__file__, "llava15_7b_stage1.py").model
     c.init_from = "runs/llava15_7b_stage1/hf"  # what configs/llava15_7b_stage1.py leaves
-    c.model.image.image_size, c.model.image.patch_size = 336, 14
-    c.model.remat = "full"
     c.frozen = ("vision_model/.*",)
     c.sharding = VLM_SHARDING
     c.mesh.fsdp = 8  # the script spreads parameters and moments over its 8 devices too (ZeRO-3)
@@ -23,9 +22,7 @@ def get_config(arg: str = "") -> Config:
     # The square in the middle; the script pads the picture to a square instead (image_aspect_ratio pad)
     c.data.augment = augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     c.data.conversation.template = "v1"
-    c.data.conversation.image_first = (
-        True  # llava/train/train.py: a picture goes before the words of its turn
-    )
+    c.data.conversation.image_first = True  # llava/train/train.py, preprocess_multimodal
     c.data.max_length = 2048  # 576 of them the picture
     c.batch_size = 128  # global; 8 devices x 16
     c.total = duration(epochs=1)

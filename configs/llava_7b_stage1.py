@@ -13,7 +13,13 @@ def get_config(arg: str = "") -> Config:
     c.stage = "generative"
     c.model.image_from = "openai/clip-vit-large-patch14"  # section 4.1
     c.model.language_from = "lmsys/vicuna-7b-v1.3"  # scripts/pretrain.sh in haotian-liu/LLaVA, v1.0
-    c.model.image.image_size, c.model.image.patch_size = 224, 14
+    # The sizes of both, which are planned with where the folders are not at hand.
+    c.model.image.update({"width": 1024, "depth": 24, "heads": 16, "mlp_dim": 4096})
+    c.model.image.update({"image_size": 224, "patch_size": 14})
+    c.model.language.update({"width": 4096, "depth": 32, "heads": 32, "kv_heads": 32, "mlp_dim": 11008})
+    c.model.language.update(
+        {"vocab_size": 32064, "tied": False}
+    )  # 32,000 of Llama 2, <image>, up to whole 64s
     c.model.bridge.update({"kind": "linear", "depth": 1})  # section 4.1, equation 1: the matrix W
     c.model.feature_layers = (-2,)  # section 4.1: the grid before the last layer
     c.model.remat = "full"

@@ -4,17 +4,15 @@ Goes on from stage 1; the tower stays as it is. Numbers without another source a
 details") of the paper; scripts/finetune.sh in haotian-liu/LLaVA trains one epoch in batches of 128.
 """
 
-from vlmjax.config import VLM_SHARDING, Config, augmentation, choose, duration, recipe
+from vlmjax.config import VLM_SHARDING, Config, augmentation, beside, choose, duration, recipe
 
 
 def get_config(arg: str = "") -> Config:
     """The recipe; `:tiny` is the same at laptop size, on questions about scenes."""
     c = recipe()
     c.stage = "generative"
+    c.model = beside(__file__, "llava_7b_stage1.py").model
     c.init_from = "runs/llava_7b_stage1/hf"  # what configs/llava_7b_stage1.py leaves
-    c.model.image.image_size, c.model.image.patch_size = 224, 14
-    c.model.bridge.update({"kind": "linear", "depth": 1})  # as the folder has it
-    c.model.remat = "full"
     c.frozen = ("vision_model/.*",)
     c.sharding = VLM_SHARDING
     c.mesh.fsdp = 8  # the paper's 8 devices share parameters and moments
@@ -22,9 +20,7 @@ def get_config(arg: str = "") -> Config:
     c.data.train = "llava_instruct_158k.json"  # the images of COCO's train2014 lie beside it
     c.data.augment = augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))  # the square in the middle
     c.data.conversation.template = "v1"  # scripts/finetune.sh
-    c.data.conversation.image_first = (
-        True  # llava/train/train.py: a picture goes before the words of its turn
-    )
+    c.data.conversation.image_first = True  # llava/train/train.py, preprocess_multimodal
     c.data.max_length = 2048  # scripts/finetune.sh; 256 of them the picture
     c.batch_size = 32  # global
     c.total = duration(epochs=3)

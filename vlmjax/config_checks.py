@@ -156,7 +156,7 @@ def _check_data(c: Any) -> None:
         raise RecipeError(
             "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"
         )
-    if not c.data.tokenizer and not c.init_from:
+    if not (c.data.tokenizer or c.init_from or c.model.language_from):
         raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
     for name in ("background", "mean", "std"):
         value = c.data[name]

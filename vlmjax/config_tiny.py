@@ -47,10 +47,11 @@ def _tiny_generative(c: Config) -> Config:
     c.frozen = tuple(pattern for pattern in c.frozen if not pattern.startswith(("vision", "language")))
     if c.lora.rank > 4:
         c.lora.alpha, c.lora.rank = 4 * c.lora.alpha / c.lora.rank, 4
-    c.data.max_length, c.data.train = 96, "scenes"
-    if c.data.conversation.template != "plain":
-        # The templates' own system messages would fill the row: the words of so few tokens are short.
-        c.data.conversation.system = "Look at the picture."
-        c.data.max_length, c.data.train = 128, "scenes:train:questions"
-    c.evals = Config()
+    c.data.max_length, c.evals = 96, Config()
+    if c.data.conversation.template == "plain":
+        c.data.train = "scenes"
+        return c
+    c.data.train = "scenes:train:questions"
+    c.data.conversation.system = c.data.conversation.system or "Answer in a few words."
+    c.data.max_length = 192  # four rounds
     return c
