@@ -4,7 +4,7 @@ Tower and language model stay as they are; 558k pictures with captions of BLIP a
 Numbers without another source are those of scripts/v1_5/pretrain.sh in haotian-liu/LLaVA.
 """
 
-from vlmjax.config import VLM_SHARDING, Config, choose, duration, recipe
+from vlmjax.config import VLM_SHARDING, Config, augmentation, choose, duration, recipe
 
 
 def get_config(arg: str = "") -> Config:
@@ -27,6 +27,7 @@ def get_config(arg: str = "") -> Config:
     c.sharding = VLM_SHARDING
 
     c.data.train = "blip_laion_cc_sbu_558k.json"  # the images lie beside it
+    c.data.augment = augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))  # the square in the middle
     c.data.conversation.template = "plain"  # the picture, then its caption
     c.data.max_length = (
         768  # 576 of them the picture; longer captions are cut (LLaVA pads to the longest, up to 2048)

@@ -410,10 +410,36 @@ def test_recipes_say_what_the_papers_say(name):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_is_valid_in_its_full_and_tiny_form(name):
     full, small = config.validate(load(name)), config.validate(load(name, "tiny"))
-    assert small.data.train == "scenes" and small.total.steps <= 100 and not small.init_from
+    assert small.data.train in ("scenes", "scenes:train:questions")
+    assert small.total.steps <= 100 and not small.init_from
     assert small.model.image.width <= 64 < full.model.image.width
     assert small.model.text.kind == full.model.text.kind
-    assert {entry.benchmark for entry in small.evals.values()} == {"zeroshot", "retrieval"}
+    if small.stage == "contrastive":
+        assert {entry.benchmark for entry in small.evals.values()} == {"zeroshot", "retrieval"}
+
+
+def test_recipes_of_llava_differ_where_the_models_do():
+    """Both stages of a size are one model, sizes differ in the language model, adapters in what is trained."""
+    loaded = {name: config.validate(load(name)).to_dict() for name in RECIPES if name.startswith("llava")}
+    for size in ("llava_7b", "llava15_7b", "llava15_13b"):
+        first, second = loaded[f"{size}_stage1"], loaded[f"{size}_stage2"]
+        assert first["model"] == second["model"] and second["init_from"] == f"runs/{size}_stage1/hf"
+        assert first["frozen"] == ("vision_model/.*", "language_model/.*") and second["frozen"] == (
+            "vision_model/.*",
+        )
+    small, large = loaded["llava15_7b_stage2"], loaded["llava15_13b_stage2"]
+    assert {key for key in small if small[key] != large[key]} == {"model", "init_from"}
+    changed = loaded["llava15_7b_lora"]
+    assert {key for key in small if small[key] != changed[key]} == {"frozen", "lora", "optimizer"}
+    assert changed["lora"]["rank"] == 128 and config.validate(load("llava15_7b_lora", "tiny")).lora.rank == 4
+    assert config.validate(load("llava15_7b_lora", "tiny")).lora.alpha == 8.0
+
+
+def test_a_recipe_that_changes_another_names_it_where_it_is_not(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"mine.py is a change of .*absent.py, which is not there: copy both"
+    ):
+        config.beside(str(tmp_path / "mine.py"), "absent.py")
 
 
 @pytest.mark.parametrize("name", RECIPES)

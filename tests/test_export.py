@@ -114,6 +114,9 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert "no checkpoint of step 7; there are: 1, 2" in refused(
         f"--workdir={run[0]}", out, "--step=7", capsys=capsys
     )
+    assert "trained without config.lora; leave --adapter out" in refused(
+        f"--workdir={run[0]}", out, "--adapter", capsys=capsys
+    )
     shutil.copytree(run[0], tmp_path / "young", ignore=shutil.ignore_patterns("checkpoints"))
     assert "checkpoints" in refused(f"--workdir={tmp_path}/young", out, capsys=capsys)
     (tmp_path / "young" / "checkpoints").mkdir()

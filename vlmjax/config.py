@@ -5,8 +5,10 @@ compares it with the schema: unknown keys (with the nearest valid name), wrong t
 """
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import ml_collections
@@ -44,6 +46,10 @@ VLM_SHARDING = (
     (r"bridge/linear_\d+/kernel", (None, "fsdp")),
     (r".*", ()),
 )
+
+# What has no weight decay: CLIP paper section 2.5, "all weights that are not gains or biases" have it; nor have
+# low-rank adapters.
+NO_DECAY = r".*(/bias|/scale|class_embedding|logit_scale|logit_bias)|lora/.*"
 
 
 def duration(
@@ -187,6 +193,17 @@ def recipe() -> Config:
     c.model.attention = "auto"  # of a language model in training: auto (by device) | xla | cudnn | splash
     c.model.remat = "none"  # what the backward pass recomputes: none | dots | full
 
+    # Generative: low-rank adapters beside kernels, which are frozen then (LoRA, arXiv 2106.09685): models/lora.py.
+    # They are placed as their kernels, and merged into them where the model is exported.
+    c.lora = Config(
+        {
+            "rank": 0,  # 0 = none
+            "alpha": 16.0,  # the product of the two matrices counts alpha / rank times
+            "targets": (),  # regexes on paths of kernels, such as "language_model/.*/(q_proj|v_proj)/kernel"
+            "dropout": 0.0,  # share of what an adapter reads that is zero in training
+        }
+    )
+
     c.loss = Config()
     c.loss.kind = "softmax"  # softmax (CLIP) | sigmoid (SigLIP)
     c.loss.form = (
@@ -260,10 +277,7 @@ def recipe() -> Config:
     c.optimizer.warmup = duration()  # linear, from 0
     c.optimizer.cooldown = duration()  # linear, to 0 (rsqrt and constant)
     c.optimizer.learning_rate_multipliers = ()  # ((regex, factor), ...), first match wins, others 1
-    # CLIP paper section 2.5: decay "all weights that are not gains or biases"
-    c.optimizer.weight_decay_multipliers = (
-        (r".*(/bias|/scale|class_embedding|logit_scale|logit_bias)", 0.0),
-    )
+    c.optimizer.weight_decay_multipliers = ((NO_DECAY, 0.0),)
 
     c.ema = Config({"decay": 0.0})  # moving average of the parameters, evaluated and exported; 0 = none
 
@@ -278,6 +292,22 @@ def recipe() -> Config:
     c.mesh = Config({"data": -1, "fsdp": 1, "tensor": 1})  # devices per axis; data -1 takes the rest
     c.sharding = TOWER_SHARDING  # ((regex, mesh axis or None per dimension), ...), first match wins
     return c
+
+
+def beside(file: str, name: str) -> Config:
+    """The full recipe of another file of the same folder, for one that differs from it in a few lines.
+
+    Args:
+      file: `__file__` of the recipe that differs.
+      name: such as "llava15_7b_stage1.py".
+    """
+    path = Path(file).with_name(name)
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    if not path.is_file() or spec is None:
+        raise RecipeError(f"{file} is a change of {path}, which is not there: copy both")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
 
 
 def tiny(c: Config) -> Config:

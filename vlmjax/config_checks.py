@@ -38,6 +38,7 @@ def check_values(c: Any) -> None:
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
     _one_of(c.model.attention, "config.model.attention", ("auto", "xla", "cudnn", "splash"))
     _check_loss(c.loss)
+    _check_lora(c)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
     for name in ("batch_size", "micro_batches", "log_every", "nonfinite_limit"):
@@ -116,6 +117,22 @@ def _check_loss(loss: Any) -> None:
                 raise RecipeError(
                     f"config.loss.{name}={loss[name]} belongs to the softmax; with kind='sigmoid' leave it at 0"
                 )
+
+
+def _check_lora(c: Any) -> None:
+    lora = c.lora
+    _at_least(lora.rank, 0, "config.lora.rank")
+    _positive(lora.alpha, "config.lora.alpha")
+    _in_range(lora.dropout, 0, 1, "config.lora.dropout")
+    if lora.rank and c.stage != "generative":
+        raise RecipeError(
+            f"config.lora.rank={lora.rank}: adapters are for stage='generative'; leave it at 0 with {c.stage!r}"
+        )
+    if lora.rank and not lora.targets:
+        raise RecipeError(
+            f"config.lora.rank={lora.rank} without config.lora.targets: name the kernels, such as "
+            "('language_model/.*/(q_proj|v_proj)/kernel',)"
+        )
 
 
 def _check_mesh(c: Any) -> None:
@@ -251,6 +268,7 @@ def _check_rules(c: Any) -> None:
     groups = {
         "sharding": [rule[0] for rule in _pairs(c.sharding, "sharding", "tuple of mesh axes", (list, tuple))],
         "frozen": list(c.frozen),
+        "lora.targets": list(c.lora.targets),
         "data.exclude": [c.data.exclude],
         **{
             f"optimizer.{name}": [

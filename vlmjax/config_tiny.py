@@ -45,6 +45,8 @@ def _tiny_generative(c: Config) -> Config:
         {"width": 96, "depth": 3, "heads": 4, "kv_heads": 2, "mlp_dim": 256, "vocab_size": 0, "tied": True}
     )
     c.frozen = tuple(pattern for pattern in c.frozen if not pattern.startswith(("vision", "language")))
+    if c.lora.rank > 4:
+        c.lora.alpha, c.lora.rank = 4 * c.lora.alpha / c.lora.rank, 4
     c.data.max_length = 96
     if c.data.conversation.template == "plain":
         c.data.train = "scenes"

@@ -54,5 +54,5 @@ def test_pairs_of_a_batch_are_compared_where_nothing_else_is(tmp_path, monkeypat
     transform = build.eval_transform(recipe, (16, 16))
     pixels = np.stack([transform.normalize(transform(source[i].image)) for i in rows[1:]])
     assert [c in source[i].captions for c, i in zip(captions, rows[1:], strict=True)] == [True] * 3
-    out = model.apply({"params": evaluated(state)}, pixels, **tokenizer(captions))
+    out = model.apply({"params": evaluated(state, recipe)}, pixels, **tokenizer(captions))
     np.testing.assert_allclose(found, out.image_embeds @ out.text_embeds.T, atol=1e-5)

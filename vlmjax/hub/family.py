@@ -31,6 +31,7 @@ class Family(NamedTuple):
             transformers carries along unread.
         copies: module -> tensors that a file may hold beside the one they must equal, as a tied head.
         constants: module -> tensors that a file holds besides, always these.
+        in_memory: name of a tensor in the table -> its name in a model that transformers 5 has loaded.
     """
 
     architecture: str
@@ -44,6 +45,7 @@ class Family(NamedTuple):
     beside: tuple[str, ...] = ()
     copies: Callable[[Any], Mapping[str, str]] = lambda model: {}
     constants: Callable[[Any], Mapping[str, np.ndarray]] = lambda model: {}
+    in_memory: Callable[[str], str] = lambda name: name
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

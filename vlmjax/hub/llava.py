@@ -50,6 +50,12 @@ DECODERS = {
 # Our own key: this folder's one projection is written as two, the second of which is the identity.
 LINEAR_KEY = "vlmjax_bridge"
 _HEAD, _TABLE = "language_model.lm_head.weight", "language_model.model.embed_tokens.weight"
+_IN_MEMORY = {
+    "language_model.model.": "model.language_model.",
+    "language_model.lm_head.": "lm_head.",
+    "vision_tower.vision_model.": "model.vision_tower.",
+    "multi_modal_projector.": "model.multi_modal_projector.",
+}
 _SECOND = "multi_modal_projector.linear_2"
 
 
@@ -157,6 +163,14 @@ def constants(config: VlmConfig) -> dict[str, np.ndarray]:
     return identity | ({f"{_SECOND}.bias": np.zeros(width, np.float32)} if config.bridge.bias else {})
 
 
+def in_memory(name: str) -> str:
+    """A tensor's name in transformers 5, where language model and tower lie beside each other and the head above."""
+    for file, memory in _IN_MEMORY.items():
+        if name.startswith(file):
+            return memory + name.removeprefix(file)
+    raise HubError(f"{name} is no tensor of LlavaForConditionalGeneration")
+
+
 LLAVA = Family(
     architecture="LlavaForConditionalGeneration",
     to_model=lambda config: Vlm(to_llava(config)),
@@ -179,4 +193,5 @@ LLAVA = Family(
     processor="LlavaProcessor",
     copies=lambda m: {_HEAD: _TABLE} if m.config.text.tied else {},
     constants=lambda m: constants(m.config),
+    in_memory=in_memory,
 )

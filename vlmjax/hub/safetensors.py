@@ -171,7 +171,7 @@ def write_folder(
     count = len(shards)
     names = [FILE] if count == 1 else [f"model-{i + 1:05d}-of-{count:05d}.safetensors" for i in range(count)]
     for file, shard in zip(names, shards, strict=True):
-        _write_file({name: tensors[name] for name in shard}, folder / file)
+        write_file({name: tensors[name] for name in shard}, folder / file)
     (folder / INDEX).unlink(missing_ok=True)
     if count > 1:
         where = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
@@ -201,7 +201,8 @@ def _split(tensors: Mapping[str, Pending], limit: int) -> list[list[str]]:
     return shards
 
 
-def _write_file(tensors: Mapping[str, Pending], file: Path) -> None:
+def write_file(tensors: Mapping[str, Pending], file: Path) -> None:
+    """Write one file, one tensor in memory at a time; it has its name only when it is complete."""
     # transformers 4 refuses a file whose metadata does not name the framework it was saved for.
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     order: Sequence[str] = sorted(

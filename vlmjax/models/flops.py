@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.clip import ClipConfig
@@ -67,11 +67,19 @@ def decoder_flops(config: DecoderConfig, length: int) -> int:
 
 
 def vlm_train_flops(
-    config: VlmConfig, batch: int, *, length: int, slots: int, trained: Sequence[str] = ()
+    config: VlmConfig,
+    batch: int,
+    *,
+    length: int,
+    slots: int,
+    trained: Sequence[str] = (),
+    adapted: Mapping[str, int] | None = None,
 ) -> int:
     """Count a training step over rows of `length` tokens with `slots` images each.
 
     A part that is trained costs three forward passes; one that is not, but lies above one that is, two; else one.
+    `adapted` says how many parameters of low-rank adapters a part has: it counts as one above something trained, and
+    they themselves 6 for each of its tokens.
     """
     patches = math.prod(config.image.grid)
     tokens = patches + config.image.class_token
@@ -83,9 +91,12 @@ def vlm_train_flops(
     ] * config.bridge.projections
     bridge = slots * patches * sum(2 * a * b for a, b in itertools.pairwise(widths))
     parts = {"vision_model": tower, "bridge": bridge, "language_model": decoder_flops(config.text, length)}
-    total, below = 0, False
+    rows = {"vision_model": slots * tokens, "bridge": slots * patches, "language_model": length}
+    total, below, adapted = 0, False, adapted or {}
     for name, forward in parts.items():
+        below = below or name in adapted
         total += forward * (3 if name in trained else 2 if below else 1)
+        total += 6 * rows[name] * adapted.get(name, 0)
         below = below or name in trained
     return batch * total
 

@@ -122,7 +122,7 @@ def stack(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
     """`depth` copies of a block, scanned: parameters get a leading axis of layers and compile once.
 
     The block's call takes (x, mask) and returns (x, None); `mask` is the same for every layer. `remat` is a
-    name of REMAT.
+    name of REMAT. Adapters (models/lora.py) are dealt out to the layers as parameters are.
     """
     if remat != "none":
         # A scan already keeps recomputation apart from the forward pass, so the barrier against common
@@ -130,7 +130,7 @@ def stack(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
         block = nn.remat(block, prevent_cse=False, policy=REMAT[remat])
     return nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
         in_axes=(nn.broadcast,),
         length=depth,

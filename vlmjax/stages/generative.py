@@ -15,9 +15,10 @@ from vlmjax.errors import RecipeError
 from vlmjax.losses.token_cross_entropy import token_cross_entropy
 from vlmjax.models import flops
 from vlmjax.models.layers import DTYPES
+from vlmjax.models.lora import LoraConfig, applied, placement, sizes, variables, with_adapters
 from vlmjax.ops.flash import choose_attention
 from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage
+from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage
 
 
 class Generative(Stage):
@@ -33,7 +34,10 @@ class Generative(Stage):
         """`recipe` is the whole validated recipe; `model` a models/vlm.py Vlm."""
         self.mesh = mesh
         self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
-        self.z_loss = recipe.loss.z_loss
+        self.z_loss, self.seed = recipe.loss.z_loss, recipe.seed
+        self.lora = LoraConfig(**recipe.lora.to_dict())
+        # What has an adapter is what the adapter changes: the kernel itself stays.
+        self.frozen = self.lora.targets if self.lora.rank else ()
         self.length, self.slots = recipe.data.max_length, recipe.data.images_per_row
         self.frozen_dtype = model.config.text.dtype
         self.model = _with_attention(model, recipe.model.attention, mesh, self.length)
@@ -46,8 +50,20 @@ class Generative(Stage):
     def describe(self) -> str:
         """One line for the start of a run."""
         more = f", z-loss {self.z_loss:g}" if self.z_loss else ""
+        rank = f"; adapters of rank {self.lora.rank}" if self.lora.rank else ""
         rows = f"rows of {self.length} tokens, {self.slots} image(s)"
-        return f"cross-entropy of next tokens, in chunks{more}; {rows}; attention by {self.model.config.text.attention}"
+        attention = f"attention by {self.model.config.text.attention}"
+        return f"cross-entropy of next tokens, in chunks{more}; {rows}; {attention}{rank}"
+
+    def with_own_params(self, params: Params) -> Params:
+        """The model's parameters and those of low-rank adapters, where the recipe has some: see models/lora.py."""
+        if not self.lora.rank:
+            return params
+        return with_adapters(params, self.lora, jax.random.key(self.seed))
+
+    def placement(self, rules: Rules, params: Params) -> Rules:
+        """Adapters lie as their kernels do."""
+        return placement(rules, params)
 
     def batch_shapes(self) -> Shapes:
         """Arrays of data/generative.py."""
@@ -67,7 +83,12 @@ class Generative(Stage):
     def train_flops(self, batch_size: int, trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
         return flops.vlm_train_flops(
-            self.model.config, batch_size, length=self.length, slots=self.slots, trained=tuple(trained)
+            self.model.config,
+            batch_size,
+            length=self.length,
+            slots=self.slots,
+            trained=tuple(trained),
+            adapted=sizes(trained.get("lora", {})),
         )
 
     def encode(
@@ -81,14 +102,15 @@ class Generative(Stage):
             hidden, _ = module(embeddings, positions=batch["position_ids"], segment_ids=batch["segment_ids"])
             return hidden
 
-        return {"hidden": nn.apply(forward, self.model)({"params": params})}
+        with applied(self.lora, train=True):
+            return {"hidden": nn.apply(forward, self.model)(variables(params), rngs={"dropout": rng})}
 
     def head(
         self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss, and beside it how many of the tokens would have been chosen."""
         hidden = features["hidden"]
-        kernel = nn.apply(lambda module: module.head_kernel(), self.model)({"params": params})
+        kernel = nn.apply(lambda module: module.head_kernel(), self.model)(variables(params))
         weights = batch["target_weights"].reshape(-1)
         sums = token_cross_entropy(
             hidden.reshape(-1, hidden.shape[-1]),

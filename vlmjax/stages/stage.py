@@ -1,6 +1,6 @@
 """What a training stage is: the functions that one step is made of, and what it carries from step to step."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PRNGKeyArray
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Extra = Mapping[str, Any]
+Rules = Sequence[tuple[str, Any]]
 Shapes = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row, and the dtype
 
 
@@ -30,6 +31,10 @@ class Stage:
     def with_own_params(self, params: Params) -> Params:
         """The model's parameters and those that the loss adds."""
         return params
+
+    def placement(self, rules: Rules, params: Params) -> Rules:
+        """The recipe's rules of placement, and those that follow from them for parameters that the stage adds."""
+        return rules
 
     def describe(self) -> str:
         """One line for the start of a run: the loss, and what computing it takes."""

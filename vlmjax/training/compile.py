@@ -54,7 +54,7 @@ def make_program(recipe: Any, model: Any, mesh: Mesh, schedule: optax.Schedule) 
         return make_state(whole, frozen, optimizer, ema, stage.init_extra, DTYPES[stage.frozen_dtype])
 
     abstract = jax.eval_shape(make, shapes)
-    places = state_shardings(abstract, recipe.sharding, mesh)
+    places = state_shardings(abstract, stage.placement(recipe.sharding, shapes), mesh)
     state = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, places)
     step = make_train_step(
         stage,

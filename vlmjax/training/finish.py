@@ -20,6 +20,7 @@ from vlmjax.evals.embed import Embedder
 from vlmjax.evals.runner import Evaluator
 from vlmjax.evals.table import print_results
 from vlmjax.evals.writing import Writer
+from vlmjax.models.lora import merged
 from vlmjax.training import build
 from vlmjax.training.report import save_result, save_similarity, write_report
 from vlmjax.training.state import TrainState, merge
@@ -41,6 +42,7 @@ class Evaluations:
         else:
             form = {"form": Form.of_recipe(recipe), "images_per_row": recipe.data.images_per_row}
             self._evaluator = partial(AnswerEvaluator, **parts, **form, writer=Writer(model, transform, mesh))
+        self._recipe = recipe
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
         for name, entry in recipe.evals.items():
@@ -58,7 +60,7 @@ class Evaluations:
           state: of the run.
           step: it has come to: the report tells answers of several steps apart.
         """
-        params = evaluated(state)
+        params = evaluated(state, self._recipe)
         self.results = [evaluator.run(params) for evaluator in self._evaluators]
         if self._workdir.writer:
             for result in self.results:
@@ -73,15 +75,18 @@ class Evaluations:
             return
         size, batch = self._batch_size, batch()
         benchmark = Benchmark("batch", "retrieval", batch.name, examples=size, batch_size=size)
-        details = self._evaluator(benchmark, source=batch).run(evaluated(state)).details
+        details = self._evaluator(benchmark, source=batch).run(evaluated(state, self._recipe)).details
         if self._workdir.writer:
             pairs = details["similarity"]
             save_similarity(self._workdir.local, pairs["images"], pairs["captions"], pairs["similarity"])
 
 
-def evaluated(state: TrainState) -> Any:
-    """The parameters that are evaluated and exported: the moving average where the recipe keeps one."""
-    return merge(state.ema or state.params, state.frozen)
+def evaluated(state: TrainState, recipe: Any) -> Any:
+    """The model's parameters as they are evaluated and exported.
+
+    The moving average where the recipe keeps one; low-rank adapters are merged into their kernels.
+    """
+    return merged(merge(state.ema or state.params, state.frozen), recipe.lora.alpha)
 
 
 def describe(workdir: Workdir, recipe: Any, model: Any, mesh: Mesh) -> None:
@@ -121,7 +126,7 @@ def finish(
     """End a run: the table of results, the report (with pairs of `batch`, the last one), the Hugging Face folder."""
     evaluations.compare(state, batch)
     if recipe.export:
-        export_params = jax.tree.map(_whole, evaluated(state))
+        export_params = jax.tree.map(_whole, evaluated(state, recipe))
     if not workdir.writer:
         return
     if evaluations.results:

@@ -79,6 +79,7 @@ def announce(
         f"steps       {start} to {lengths.total}"
         + (" (done before)" if over else " (continued)" if start else "")
     )
-    print(format_table(recipe.sharding, merge(state.params, state.frozen), mesh))
+    params = merge(state.params, state.frozen)
+    print(format_table(stage.placement(recipe.sharding, params), params, mesh))
     if not over:
         print("the first step compiles the program, which takes a while", flush=True)
