@@ -1,6 +1,7 @@
 """The generate command: its text against transformers, conversations, interruptions, one line for every mistake."""
 
 import io
+import types
 
 import flax.linen as nn
 import jax
@@ -157,20 +158,34 @@ def test_ctrl_c_ends_the_answer_and_then_the_conversation(talker, capsys, monkey
 class Seeing(nn.Module):
     """Stands for a model with images: each is two tokens."""
 
-    image_tokens, image_token_id = 2, 7
+    config = types.SimpleNamespace(image_tokens=2, image_token_id=7)
+
+    def image_features(self, pixel_values):
+        """Never asked for here."""
+        return pixel_values
+
+
+class Crop:
+    """Stands for an image transform."""
+
+    def __call__(self, image):
+        return image[:2, :2]
+
+    def normalize(self, pixels):
+        return pixels / np.float32(9)
 
 
 def test_images_go_where_the_prompt_says(folder, tmp_path):
     speaker = generate.open_speaker(parse(f"--model={folder}", "--prompt=x"))
-    seeing = speaker._replace(model=Seeing(), transform=lambda x: np.float32(x[:2, :2]))
+    seeing = speaker._replace(model=Seeing(), transform=Crop())
     Image.fromarray(np.full((4, 4, 3), 9, np.uint8)).save(tmp_path / "a.png")
     pixels = generate.read_image(str(tmp_path / "a.png"))
-    for text, parts in (("what <image>?", ("what ", None, "?")), ("what?", (None, "what?"))):
+    for text, parts in (("what <image>?", ("what ", None, "?")), ("what?", (None, "\nwhat?"))):
         said = generate.message(text, 1)
         assert said == Message("user", tuple(Part("text", x) if x else Part("image") for x in parts))
         inputs = generate.inputs_of(seeing, [said], [pixels])
         ids = inputs["input_ids"][0].tolist()
-        assert ids.count(7) == 2 and inputs["pixel_values"].shape == (1, 2, 2, 3)
+        assert ids.count(7) == 2 and np.array_equal(inputs["pixel_values"], np.ones((1, 1, 2, 2, 3)))
         assert (ids[:2] == [7, 7]) == (parts[0] is None)
 
 

@@ -89,7 +89,11 @@ TALK = [
 ]
 IMAGE_FIRST = [{"role": "user", "content": "<image>\nIs there a red star?"}]
 FORMS = [Form(name) for name in TEMPLATES]
-FORMS += [Form("v1", image_first=True), Form("llama_2", 'Say "yes"\\no.\n', True), Form("chatml", "Be \\ 'brief'.")]
+FORMS += [
+    Form("v1", image_first=True),
+    Form("llama_2", 'Say "yes"\\no.\n', True),
+    Form("chatml", "Be \\ 'brief'."),
+]
 
 
 def prompt_of(made, form, messages):
@@ -159,7 +163,12 @@ def test_the_folder_comes_back_and_is_saved_again(made, tmp_path):
     assert transform == SIZE
     assert prompt_of((model, params, tokenizer), form, TALK) == prompt_of(made, form, TALK)
     saved((model, params, tokenizer), form, tmp_path / "b")
-    names = ("processor_config.json", "preprocessor_config.json", "chat_template.jinja", "generation_config.json")
+    names = (
+        "processor_config.json",
+        "preprocessor_config.json",
+        "chat_template.jinja",
+        "generation_config.json",
+    )
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
     saved(made, None, tmp_path / "a")

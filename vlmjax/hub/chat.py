@@ -41,7 +41,9 @@ def load_form(folder: str | os.PathLike[str]) -> Form | None:
         said = json.loads(file.read_text(encoding="utf-8")).get(KEY)
         return None if said is None else Form.from_json(said)
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise HubError(f"{file}: {KEY} cannot be read ({error}); remove it or save the model again") from error
+        raise HubError(
+            f"{file}: {KEY} cannot be read ({error}); remove it or save the model again"
+        ) from error
 
 
 def write_form(form: Form, settings: dict[str, Any], path: Path) -> None:
@@ -60,13 +62,13 @@ def jinja(form: Form) -> str:
     words = template(form.template)
     system = _literal(words.before_system) + "{{ ns.system }}" + _literal(words.after_system)
     system = "{% if ns.system %}" + system + "{% endif %}"
-    first = "{% if messages and messages[0]['role'] == 'system' %}{% set ns.system = flat(messages[0]['content']) | trim %}"
-    first += "{% endif %}" + ("" if words.system_inside else system)
+    first = "{% if messages and messages[0]['role'] == 'system' %}"
+    first += "{% set ns.system = flat(messages[0]['content']) | trim %}{% endif %}"
     return "".join(
         (
             _FLAT,
             "{% set ns = namespace(system=" + _quoted(form.system or words.system) + ", turn=0) %}",
-            first,
+            first + ("" if words.system_inside else system),
             "{% for message in messages %}{% set said = flat(message['content']) | trim %}",
             "{% if message['role'] == 'user' %}",
             "{% if ns.turn %}" + _literal(words.next_user) + "{% else %}" + _literal(words.first_user),

@@ -40,9 +40,7 @@ class Evaluations:
             self._evaluator = partial(Evaluator, **parts, embedder=Embedder(**parts))
         else:
             form = {"form": Form.of_recipe(recipe), "images_per_row": recipe.data.images_per_row}
-            self._evaluator = partial(
-                AnswerEvaluator, **parts, **form, writer=Writer(model, transform, mesh)
-            )
+            self._evaluator = partial(AnswerEvaluator, **parts, **form, writer=Writer(model, transform, mesh))
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
         for name, entry in recipe.evals.items():

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LEAD = (
-    "Questions that were never trained on, with the right answer, and what the model said at each evaluation. "
-    "Equal answers in a row stand together."
+    "The same questions at every evaluation, with a right answer and what the model said. Equal answers in a row stand "
+    "together."
 )
 BLIND_LEAD = "Every image in one colour, the mean: what can be known from the questions alone."
 SHOWN = 6  # answers per question
@@ -85,7 +85,9 @@ def _kinds(kinds: Sequence[Mapping[str, Any]]) -> str:
         if len(kinds) > 1 and 50 * kind["questions"] >= total
     )
     head = '<th>question</th><th class="num">asked</th><th class="num">right</th><th class="num">chance</th>'
-    table = f'<table class="results"><thead><tr>{head}<th>most frequent answer</th></tr></thead>{lines}</table>'
+    table = (
+        f'<table class="results"><thead><tr>{head}<th>most frequent answer</th></tr></thead>{lines}</table>'
+    )
     return f'<div class="card scroll" style="margin-top:14px">{table}</div>' if lines else ""
 
 

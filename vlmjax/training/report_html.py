@@ -59,7 +59,10 @@ def page(
         section("Results", results_table, results, lead="Fractions of what was asked, beside guessing."),
         section("Training", curves, rows, rate),
         section("Evaluation while training", evaluation_curves, rows, results, lead="Dashed: chance."),
-        *[section(_heading("Answers", found), talk.samples, found, lead=talk.lead(found)) for found in answers],
+        *[
+            section(_heading("Answers", found), talk.samples, found, lead=talk.lead(found))
+            for found in answers
+        ],
         section("Where the time went", report_time.times, attempts, lead=report_time.LEAD),
         section("Hosts", report_time.hosts, hosts, lead=report_time.HOSTS_LEAD),
         section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
