@@ -91,6 +91,8 @@ class AnswerEvaluator:
         self.source, self.indices = source, select(source, benchmark)
         self.tokenizer, self.pieces = tokenizer, Pieces(tokenizer)
         self.ends, self.stops = ends_of(form.template, self.pieces)
+        words = self.pieces.template(form.template)
+        self._asks = words is None or words.user_is_text
         self.writer = writer or Writer(model, transform, mesh)
         self.batch_size = self.writer.rows_per_batch(benchmark.batch_size or 64)
         self.slots, self._threads = images_per_row, threads or min(os.cpu_count() or 1, 16)
@@ -177,7 +179,8 @@ class AnswerEvaluator:
         if len(prompt) + self.benchmark.max_new_tokens > config.text.max_length:
             detail = f"{len(prompt)} tokens and {self.benchmark.max_new_tokens} of the answer"
             raise BadRecord("too_long", "", detail)
-        text = "".join(part.text for part in before[-1].parts if part.kind == "text").strip()
+        said = "".join(part.text for part in before[-1].parts if part.kind == "text").strip()
+        text = said if self._asks else ""
         return Question(index, text, prompt, images, tuple(answers))
 
     def _written(self, params: Any, questions: Sequence[Question], bad: dict[int, BadRecord]) -> list[str]:

@@ -63,13 +63,12 @@ def jinja(form: Form) -> str:
     system = _literal(words.before_system) + "{{ ns.system }}" + _literal(words.after_system)
     system = "{% if ns.system %}" + system + "{% endif %}"
     first = "{% if messages and messages[0]['role'] == 'system' %}"
-    first += "{% set ns.system = flat(messages[0]['content']) | trim %}"
-    first += "{% endif %}" + ("" if words.system_inside else system)
+    first += "{% set ns.system = flat(messages[0]['content']) | trim %}{% endif %}"
     return "".join(
         (
             _FLAT,
             "{% set ns = namespace(system=" + _quoted(form.system or words.system) + ", turn=0) %}",
-            first,
+            first + ("" if words.system_inside else system),
             "{% for message in messages %}{% set said = flat(message['content']) | trim %}",
             "{% if message['role'] == 'user' %}",
             "{% if ns.turn %}" + _literal(words.next_user) + "{% else %}" + _literal(words.first_user),

@@ -67,7 +67,7 @@ def leave_open(tokenizer: text.Tokenizer, path: Path) -> dict[str, Any] | None:
     start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
     if start + len(bare) == len(whole):
         return None
-    from tokenizers import Tokenizer, decoders, processors
+    from tokenizers import Regex, Tokenizer, decoders, processors
 
     opening = [(backend.id_to_token(one), one) for one in whole[:start]]
     again = Tokenizer.from_str(backend.to_str())
@@ -75,8 +75,9 @@ def leave_open(tokenizer: text.Tokenizer, path: Path) -> dict[str, Any] | None:
         single=[token for token, _ in opening] + ["$A"], special_tokens=opening
     )
     if _WORD_END in "".join(backend.id_to_token(one) for one in bare):
-        blank = [decoders.Replace(_WORD_END, " "), decoders.Strip(" ", 0, 1)]
-        again.decoder = decoders.Sequence([again.decoder or decoders.Fuse(), *blank])
+        # The last blank goes by a pattern: the library's Strip ends the process where nothing is left of a text.
+        blanks = [decoders.Replace(Regex(f"({_WORD_END})+$"), ""), decoders.Replace(_WORD_END, " ")]
+        again.decoder = decoders.Sequence([again.decoder or decoders.Fuse(), *blanks])
     for name in ("vocab.json", "merges.txt", "special_tokens_map.json"):
         (path / name).unlink(missing_ok=True)
     again.save(str(path / "tokenizer.json"))

@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 LEAD = (
-    "Questions that were never trained on, with the right answer, and what the model said at each evaluation. "
-    "Equal answers in a row stand together."
+    "The same questions at every evaluation, with a right answer and what the model said. Equal answers in a row stand "
+    "together."
 )
 BLIND_LEAD = "Every image in one colour, the mean: what can be known from the questions alone."
 SHOWN = 6  # answers per question
