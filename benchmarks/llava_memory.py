@@ -30,7 +30,7 @@ def plan(config: str, patch: str, options: list[str]) -> dict:
         arguments = ["plan", f"--config=configs/{config}.py", f"--json={out}", *options]
         code = (
             "from vlmjax.losses import token_cross_entropy\nfrom vlmjax import plan\n"
-            f"{patch}\nimport sys\nsys.argv = {arguments!r}\nplan.main(sys.argv)\n"
+            f"{patch}\nimport sys\nsys.argv = {arguments!r}\nplan.parse(sys.argv)\nplan.main()\n"
         )
         env = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
         env["HF_HUB_OFFLINE"] = "1"  # sizes stand in the recipes
