@@ -451,3 +451,21 @@ def test_every_number_of_a_paper_cites_it(name):
     for line in text.splitlines():
         if re.match(r"\s+c\.(optimizer\.(learning_rate|warmup)|batch_size|total)", line):
             assert "#" in line, line
+
+
+def test_benchmarks_belong_to_stages():
+    """Answers need a model that writes, the others a dual encoder; what is of vqa alone is refused elsewhere."""
+    for stage, benchmark, needs in (
+        ("contrastive", "vqa", "a model that writes"),
+        ("generative", "zeroshot", "a dual encoder"),
+        ("generative", "retrieval", "a dual encoder"),
+    ):
+        c = config.tiny(config.recipe())
+        c.stage, c.evals = stage, config.Config({"x": config.evaluation(benchmark, "scenes")})
+        c.data.max_length = 512
+        with pytest.raises(RecipeError, match=f"config.evals.x.benchmark='{benchmark}' needs {needs}"):
+            config.validate(c)
+    c = config.tiny(config.recipe())
+    c.evals.zeroshot.blind = True
+    with pytest.raises(RecipeError, match="config.evals.zeroshot.blind=True is for 'vqa'"):
+        config.validate(c)

@@ -25,11 +25,17 @@ def joined(samples: Sequence[Mapping[str, Any]], before: Any, step: int) -> list
     for place, sample in enumerate(samples):
         earlier = before[place] if place < len(before) and isinstance(before[place], Mapping) else {}
         same = all(earlier.get(name) == sample[name] for name in ("question", "expected"))
-        kept = [one for one in earlier.get("answers", []) if one["step"] < step] if same else []
+        kept = [one for one in earlier.get("answers", []) if _before(one, step)] if same else []
         now = {"step": step, "answer": sample["answer"], "right": bool(sample["right"])}
         asked = {name: sample[name] for name in ("image", "question", "expected")}
         out.append({**asked, "answers": [*kept, now]})
     return out
+
+
+def _before(answer: Any, step: int) -> bool:
+    """Whether this is a whole answer of an earlier step."""
+    whole = isinstance(answer, Mapping) and {"step", "answer", "right"} <= set(answer)
+    return whole and isinstance(answer["step"], int) and answer["step"] < step
 
 
 def lead(found: Mapping[str, Any]) -> str:

@@ -192,8 +192,9 @@ def curves(rows: Rows, rate: str = "images per second") -> str:
     plots, drawn = [], set(NOT_DRAWN)
     for title, keys, percent in CHARTS:
         drawn |= set(keys)
-        title = rate.capitalize() if keys == ("images_per_second",) else title
-        series = {_short_name(key): _line(rows, key) for key in keys if key in names}
+        counted = keys == ("images_per_second",)
+        title = rate.capitalize() if counted else title
+        series = {rate if counted else _short_name(key): _line(rows, key) for key in keys if key in names}
         if series:
             plots.append(plot(title, series, percent=percent))
     for name in names:
