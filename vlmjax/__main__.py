@@ -14,6 +14,7 @@ COMMANDS = {
     "data.index": "index shards           shards/*.tar",
     "data.convert": "write shards           pairs.jsonl --out=shards",
     "data.instruct": "write conversations    scenes --out=talk.jsonl --endpoint=URL --model=NAME",
+    "hub.llama2c": "llama2.c's models to HF  stories260K.bin tok512.bin runs/stories",
     "data.bench": "time the pipeline      scenes --image_size=64",
 }
 
