@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> Config:
     c.stage = "generative"
     c.init_from = "runs/scenes1/hf"
     c.batch_size = 64  # rows, each of several conversations
-    c.total.steps = 1200
+    c.total.steps = 500
     c.log_every = 20
     c.model.image.update(
         {"width": 128, "depth": 4, "heads": 4, "mlp_dim": 512, "image_size": 64, "patch_size": 16}
