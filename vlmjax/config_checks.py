@@ -202,6 +202,11 @@ def _check_conversations(c: Any) -> None:
         _at_least(c.data[name], 1, f"config.data.{name}")
     if c.stage != "generative":
         return
+    if c.model.image.patch_dropout:
+        raise RecipeError(
+            f"config.model.image.patch_dropout={c.model.image.patch_dropout}: every patch has its place in a text; "
+            "with stage='generative' leave it 0"
+        )
     if c.data.cache_decoded:
         raise RecipeError(
             f"config.data.cache_decoded={c.data.cache_decoded} is for pairs; with stage='generative' leave it 0"

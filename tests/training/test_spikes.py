@@ -20,7 +20,13 @@ def looking(folder, state=None, **changes):
 
 
 def found(spikes, losses, first=1):
-    return [spike for step, loss in enumerate(losses, first) if (spike := spikes.see(step, loss))]
+    out = []
+    for step, loss in enumerate(losses, first):
+        spikes.see(step, loss)
+        if spikes.pending:
+            out.append(spikes.pending)
+            spikes.pending = None
+    return out
 
 
 def falling(count, seed=0):
@@ -70,6 +76,15 @@ def test_it_goes_on_over_a_restart_as_if_there_had_been_none(tmp_path):
         state = json.loads(json.dumps(before.state))
         (spike,) = found(looking(tmp_path, state), losses[cut:], cut + 1)
         assert (spike.first, spike.last) == (101, 103)
+
+
+def test_one_that_nobody_has_dealt_with_is_kept(tmp_path):
+    spikes = looking(tmp_path)
+    for step, loss in enumerate([2.0] * 60 + [9.0] * 3, 1):
+        spikes.see(step, loss)
+    again = looking(tmp_path, json.loads(json.dumps(spikes.state)))
+    assert spikes.suspected and again.suspected
+    assert again.pending == spikes.pending and again.pending.last == 63
 
 
 def test_what_is_told_and_that_it_ends(tmp_path, caplog):

@@ -142,7 +142,7 @@ def test_frozen_parameters_are_named_and_fetched_again(folder, tmp_path):
     mean, _ = Checkpoints(f"{tmp_path}/mean/checkpoints", writable=False).read_params()
     jax.tree.map(np.testing.assert_array_equal, merge(mean["params"], mean["frozen"]), both)
 
-    with pytest.raises(CheckpointError, match=r"set config\.init_from to it"):
+    with pytest.raises(CheckpointError, match=r"set config\.init_from, or model"):
         Checkpoints(workdir.checkpoints).restore_newest(program.state)
     changed = jax.tree.map(lambda x: x + 1e-3, params)
     hub.save(MODEL, changed, source)

@@ -84,6 +84,8 @@ def write(source: Source, model: Model, job: Job, indices: Iterable[int]) -> dic
     counts: collections.Counter[str] = collections.Counter()
     done = _done(job.out, counts) | (set() if job.retry_rejects else _done(_rejects(job.out), counts))
     files = {"out": job.out, "rejects": _rejects(job.out), "record": job.record}
+    if job.record:
+        _cut_half_line(job.record)
     opened = {name: _append(path) for name, path in files.items() if path}
     try:
         with concurrent.futures.ThreadPoolExecutor(job.workers) as pool:
@@ -205,6 +207,13 @@ def _done(path: str, counts: Any) -> set[str]:
         raise DataError(f"{path} is not a file of this command: {error}; name another with --out") from error
     counts["done before"] += len(keys)
     return keys
+
+
+def _cut_half_line(path: str) -> None:
+    """Cut a last line off that a kill left half written."""
+    if os.path.exists(path):
+        with open(path, "rb+") as file:
+            file.truncate(sum(len(line) for line in file if line.endswith(b"\n")))
 
 
 def _append(path: str) -> TextIO:

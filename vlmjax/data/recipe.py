@@ -49,7 +49,7 @@ def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
 
 def tokenizer_name(recipe: Any) -> str:
     """The folder, id or "bpe:N" that a recipe's tokenizer comes from; no "bpe:N" replaces that of an imported model."""
-    name, source = recipe.data.tokenizer, recipe.init_from or recipe.model.language_from
+    name, source = recipe.data.tokenizer, recipe.init_from or recipe.model.get("language_from", "")
     return source if source and (not name or name.startswith("bpe:")) else name
 
 

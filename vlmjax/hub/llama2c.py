@@ -37,9 +37,9 @@ def read_model(file: Path) -> tuple[dict[str, int], dict[str, np.ndarray]]:
         "rms_ffn": (n, d), "w1": (n, m, d), "w2": (n, d, m), "w3": (n, m, d), "rms_final": (d,),
         "freqs": (2, sizes["max_length"], head // 2),
     } | ({} if tied else {"head": (v, d)})  # fmt: skip
-    numbers = np.frombuffer(data, "<f4", offset=4 * len(_FIELDS))
+    numbers = np.frombuffer(data[: len(data) // 4 * 4], "<f4", offset=4 * len(_FIELDS))
     wanted = sum(int(np.prod(shape)) for shape in shapes.values())
-    if len(numbers) != wanted:
+    if len(numbers) != wanted or len(data) % 4:
         raise HubError(
             f"{file}: holds {len(numbers)} numbers after its sizes {tuple(sizes.values())}, expected {wanted}"
         )

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from flax import traverse_util
 
 from vlmjax.config import Config
@@ -141,9 +142,12 @@ def import_params(recipe: Any, model: Clip | Vlm, places: Any, fresh: Callable[[
         # The table's own placement may not divide the old grid: it is read whole, and placed once it is resampled.
         whole = flat | {POSITIONS: replicated(flat[POSITIONS].mesh)}
         _, params = hub.load(recipe.init_from, shardings=traverse_util.unflatten_dict(whole, sep="/"))
-    resample = jax.jit(lambda table: resize_positions(table, old, new), out_shardings=flat[POSITIONS])
     params = traverse_util.flatten_dict(params, sep="/")
-    params[POSITIONS] = resample(params[POSITIONS])
+    # On one CPU: where the tower is frozen a checkpoint has its digest alone, and no two kinds of devices add up alike.
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        table = np.asarray(params[POSITIONS].addressable_data(0))
+        table = np.asarray(jax.jit(resize_positions, static_argnums=(1, 2))(table, old, new))
+    params[POSITIONS] = jax.make_array_from_callback(table.shape, flat[POSITIONS], lambda part: table[part])
     return traverse_util.unflatten_dict(params, sep="/")
 
 

@@ -91,13 +91,14 @@ def keep_programs(folder: str) -> None:
 def check_heads(config: Any, mesh: Mesh) -> None:
     """Raise RecipeError unless every tower's heads can be dealt out evenly along `tensor`."""
     parts = mesh.shape["tensor"]
-    for name, tower in (("image", config.image), ("text", config.text)):
-        heads = getattr(tower, "kv_heads", tower.heads)
+    words = "language.kv_heads" if hasattr(config.text, "kv_heads") else "text.heads"
+    for key, tower in (("image.heads", config.image), (words, config.text)):
+        name, heads = key.partition(".")[0], getattr(tower, "kv_heads", tower.heads)
         if heads % parts:
             fits = [n for n in range(1, heads + 1) if heads % n == 0]
             raise RecipeError(
                 f"config.mesh.tensor={parts} does not divide the {heads} heads of the {name} tower "
-                f"(config.model.{name}.heads): choose one of {', '.join(map(str, fits))}"
+                f"(config.model.{key}): choose one of {', '.join(map(str, fits))}"
             )
 
 

@@ -14,6 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import vlmjax
 from vlmjax.data.form import Form
 from vlmjax.data.sources import Source
+from vlmjax.errors import HubError, RecipeError
 from vlmjax.evals.answers import AnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark, EvalResult, benchmark_of
 from vlmjax.evals.embed import Embedder
@@ -87,6 +88,18 @@ def evaluated(state: TrainState, recipe: Any) -> Any:
     The moving average where the recipe keeps one; low-rank adapters are merged into their kernels.
     """
     return merged(merge(state.ema or state.params, state.frozen), recipe.lora.alpha)
+
+
+def check_export(model: Any) -> None:
+    """Raise RecipeError, before anything is trained, for a model that no Hugging Face class can express."""
+    from vlmjax.hub.folder import family_of
+
+    try:
+        family_of(model).to_config(model)
+    except HubError as error:
+        raise RecipeError(
+            f"config.export=True: {error}; set config.export=False to train it all the same"
+        ) from None
 
 
 def describe(workdir: Workdir, recipe: Any, model: Any, mesh: Mesh) -> None:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vlmjax.errors import NonFiniteError
-from vlmjax.training.spikes import Spike, Spikes
+from vlmjax.training.spikes import Spikes
 from vlmjax.training.workdir import Workdir
 
 _MOST_FILES = 50  # of one process; a run that skips more has other sorrows than their names
@@ -22,14 +22,12 @@ class StartedSteps:
         skipped: in the whole run.
         streak: those since the last update that was not.
         spikes: what looks at the loss of every step.
-        spike: one that was found and not yet dealt with.
     """
 
     def __init__(self, folder: Workdir, limit: int, spikes: Spikes, skipped: int = 0, streak: int = 0):
         """`limit` skipped updates in a row end the run; the counts go on from a checkpoint's `state`."""
         self._folder, self._limit = folder, limit
         self.spikes: Spikes = spikes
-        self.spike: Spike | None = None
         self.skipped, self.streak = skipped, streak
         self._last: tuple[int, Any, Sequence] | None = None
         self._metrics: Mapping[str, Any] = {}
@@ -43,7 +41,11 @@ class StartedSteps:
     @property
     def doubtful(self) -> bool:
         """Whether the parameters may be wrong, so that they are better not saved."""
-        return bool(self.streak or self.spike or self.spikes.suspected)
+        return bool(self.streak or self.spikes.suspected)
+
+    def forget(self) -> None:
+        """Nothing more is wanted of the steps that were started: the run goes back before them."""
+        self._last, self.streak = None, 0
 
     def started(self, step: int, metrics: Any, keys: Sequence) -> None:
         """Take note of a step whose metrics are still being computed, once those of the one before are checked."""
@@ -62,7 +64,7 @@ class StartedSteps:
         self._metrics = jax.device_get(metrics)
         if self._metrics["finite"]:
             self.streak = 0
-            self.spike = self.spikes.see(step, float(self._metrics["loss"])) or self.spike
+            self.spikes.see(step, float(self._metrics["loss"]))
         else:
             self.skipped, self.streak = self.skipped + 1, self.streak + 1
             self._not_finite(step, keys)

@@ -144,6 +144,11 @@ def average(run: Run, steps: Sequence[int], out: str) -> int:
     total, newest, shapes = {}, {}, {}
     for step in sorted(steps):
         newest, record = read_arrays(run.checkpoints, step, GROUPS)
+        if "lora" in newest["params"]:
+            raise CheckpointError(
+                f"{run.workdir}: a mean of low-rank factors is no mean of what they do; export the "
+                "checkpoints one by one"
+            )
         params = by_path(newest["ema"] or newest["params"])
         if shapes and shapes != (shapes := {name: x.shape for name, x in params.items()}):
             raise CheckpointError(

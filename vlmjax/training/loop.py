@@ -72,6 +72,9 @@ class Run:
         self.model = build.make_model(recipe, self.tokenizer)
         schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
 
+        if recipe.export:
+            finish.check_export(self.model)
+
         # State: random, imported or continued, every array born in its place on the mesh
         self.program = make_program(recipe, self.model, self.mesh, schedule)
         self.checkpoints = Checkpoints(
@@ -123,7 +126,7 @@ class Run:
                 if self.owed:
                     self.results = self._evaluate()
                 while self.step < self.lengths.total:
-                    if self.steps.spike:
+                    if self.steps.spikes.pending:
                         self._go_back()
                     self.step += 1
                     self._update()
@@ -190,10 +193,13 @@ class Run:
         self.save_due = self.save_due or self.lengths.due("checkpoint", step)
         if eval_due or self.save_due:
             self.steps.settle()  # nothing is scored or saved that ends the run
-        if self.stop.after(step):
+        # Numbers of batches never fall, as steps do where a run goes back.
+        if self.stop.after(self.data.step):
             self.steps.settle()
             self._save({}, owed=eval_due)  # there may be no time for an evaluation now
             self.stop.raise_at(step)
+        if last and self.steps.spikes.pending and self._go_back():
+            return
         measured: dict[str, float] = {}
         if eval_due:
             try:
@@ -232,15 +238,18 @@ class Run:
         self.attempts.saved(self.step)
         self.folder.sync()
 
-    def _go_back(self) -> None:
-        """After a spike of the loss: to a checkpoint from well before it, while the data go on from here."""
-        spike, self.steps.spike = self.steps.spike, None
+    def _go_back(self) -> bool:
+        """After a spike of the loss: to a checkpoint from well before it, while the data go on from here.
+
+        Returns whether there was one that is old enough.
+        """
+        spike, self.steps.spikes.pending = self.steps.spikes.pending, None
         self.phases.enter("restore")
         rewind = self.recipe.spikes.rewind
         back = self.checkpoints.newest_before(spike.first - rewind) if rewind else None
         if back is None:
             self.steps.spikes.tell(spike)
-            return
+            return False
         self.state = None  # there may not be room for two
         why = f"the loss rose in steps {spike.first} to {spike.last}"
         back, self.state = self.checkpoints.go_back(back, self.program.state, why)
@@ -248,10 +257,12 @@ class Run:
         self.left_out += self.step - back
         self.step = back
         self.save_due = False
+        self.steps.forget()
         self.attempts.went_back(back)
         self.log.close()
         self.log = MetricsLog(self.folder, back)
         self.clock.restart()
+        return True
 
     def _close(self) -> None:
         self.phases.enter("checkpoint")

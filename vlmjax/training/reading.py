@@ -64,7 +64,8 @@ def read_state(
     named = records.named_only(record)
     if named and not reference:
         raise CheckpointError(
-            f"{path}: its frozen parameters are those of {record['frozen_from']}: set config.init_from to it"
+            f"{path}: its frozen parameters are those of {record['frozen_from']}: set config.init_from, or "
+            "model.image_from and model.language_from, to that"
         )
     if saved != {name: shape for name, shape in known.items() if name not in named}:
         raise DamagedCheckpoint(f"{path}: it lists other arrays than were saved")

@@ -40,40 +40,50 @@ class Spikes:
     A step is high whose loss lies more than `threshold` deviations above the median of the `window` losses that were
     not; the deviation is the median absolute one, which a few outliers do not move. So many high steps in a row as
     `steps` make a spike.
+
+    Attributes:
+        pending: one that was found and not yet dealt with.
     """
 
     def __init__(
-        self, folder: Workdir, settings: Any, losses: Sequence[float] = (), high: Sequence[float] = ()
+        self,
+        folder: Workdir,
+        settings: Any,
+        losses: Sequence[float] = (),
+        high: Sequence[float] = (),
+        pending: Sequence[Any] | None = None,
     ):
         """`settings` is `recipe.spikes`; the losses go on from a checkpoint's `state`."""
         self._folder, self._settings = folder, settings
         self._losses, self._high = list(losses), list(high)
+        self.pending = Spike(pending[0], tuple(pending[1]), pending[2]) if pending else None
         self._rewinds = 0
 
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a continued run sees the same spikes."""
-        return {"losses": self._losses, "high": self._high}
+        pending = list(self.pending) if self.pending else None
+        return {"losses": self._losses, "high": self._high, "pending": pending}
 
     @property
     def suspected(self) -> bool:
         """Whether the last loss was high: what is saved now may be what is wrong."""
-        return bool(self._high)
+        return bool(self._high or self.pending)
 
-    def see(self, step: int, loss: float) -> Spike | None:
-        """Take note of a step's loss; returns the spike that it completes."""
+    def see(self, step: int, loss: float) -> None:
+        """Take note of a step's loss; the spike that it completes is `pending`."""
         if not self._settings.threshold or not math.isfinite(loss):
-            return None
+            return
         if not self._is_high(loss):
             self._losses = [*self._losses, *self._high, loss][-self._settings.window :]
             self._high = []
-            return None
+            return
         self._high.append(loss)
         if len(self._high) < self._settings.steps:
-            return None
-        spike = Spike(step - len(self._high) + 1, tuple(self._high), statistics.median(self._losses))
+            return
+        usual = statistics.median(self._losses)
+        self.pending = Spike(step - len(self._high) + 1, tuple(self._high), usual)
         self._losses, self._high = [], []  # whatever comes next, or comes again, is measured anew
-        return spike
 
     def _is_high(self, loss: float) -> bool:
         if len(self._losses) < min(_LEAST_LOSSES, self._settings.window):

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 from flax import traverse_util
-from jaxtyping import Array, Float
+from jaxtyping import Float
 
 from vlmjax import hub
 from vlmjax.data import text
@@ -25,6 +25,8 @@ Tree = Any
 
 # An embedding has a multiple of so many rows, as LLaVA's checkpoints do: a vocabulary is cut over devices.
 ROWS = 64
+# Rotary positions cost nothing, and a later stage may have longer rows.
+LEAST_POSITIONS = 2048
 
 
 def vlm_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str]) -> VlmConfig:
@@ -46,7 +48,12 @@ def vlm_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str
                 f"config.init_from={recipe.init_from!r} holds a {type(model).__name__}; stage 'generative' needs a "
                 "whole vision-language model. Its parts come by model.image_from and model.language_from"
             )
-        config = model.config
+        config, size = model.config, recipe.model.image.image_size
+        if config.image.image_size != size:
+            raise RecipeError(
+                f"config.model.image.image_size={size}: the model of config.init_from={recipe.init_from!r} takes "
+                f"{config.image.image_size}; set it to that"
+            )
     else:
         bridge = recipe.model.bridge
         config = VlmConfig(
@@ -61,6 +68,11 @@ def vlm_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str
         raise RecipeError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and {MARK} as id {tokenizer.token_id(MARK)}, the model "
             f"embeds {config.text.vocab_size} and expects {config.image_token_id}: it is another model's tokenizer"
+        )
+    if recipe.data.max_length > config.text.max_length:
+        raise RecipeError(
+            f"config.data.max_length={recipe.data.max_length}: the language model has {config.text.max_length} "
+            "positions; make rows shorter"
         )
     words = dataclasses.replace(config.text, **compute)
     image = dataclasses.replace(config.image, **compute)
@@ -109,7 +121,7 @@ def _language(recipe: Any, tokenizer: text.Tokenizer) -> DecoderConfig:
         head_dim=c.width // c.heads,
         mlp_dim=c.mlp_dim,
         vocab_size=max(c.vocab_size, rows),
-        max_length=recipe.data.max_length,
+        max_length=max(recipe.data.max_length, LEAST_POSITIONS),
         rope=Rope(c.rope_theta),
         tied=c.tied,
         bos_token_id=tokenizer.bos_token_id,
@@ -168,15 +180,18 @@ def _import_language(folder: str, config: DecoderConfig, places: Tree) -> Tree:
     whole = flat | {name: replicated(flat[name].mesh) for name in tables}
     params = hub.load(folder, shardings=traverse_util.unflatten_dict(whole, sep="/"))[1]
     for name in tables:
-        grow = jax.jit(lambda table: with_rows(table, config.vocab_size), out_shardings=flat[name])
-        params[name] = grow(params[name])
+        grown = with_rows(np.asarray(params[name].addressable_data(0)), config.vocab_size)
+        params[name] = jax.make_array_from_callback(grown.shape, flat[name], lambda part, x=grown: x[part])
     return params
 
 
-def with_rows(table: Float[Array, "rows width"], rows: int) -> Float[Array, "more width"]:
-    """A table with more rows, each the mean of those there were: a new token is no likelier than any other."""
-    mean = jnp.broadcast_to(table.mean(axis=0), (rows - len(table), table.shape[1]))
-    return jnp.concatenate([table, mean.astype(table.dtype)])
+def with_rows(table: Float[np.ndarray, "rows width"], rows: int) -> Float[np.ndarray, "more width"]:
+    """A table with more rows, each the mean of those there were: a new token is no likelier than any other.
+
+    On the host: where it is frozen a checkpoint has its digest alone, and no two kinds of devices add up alike.
+    """
+    mean = table.astype(np.float64).mean(axis=0).astype(table.dtype)
+    return np.concatenate([table, np.broadcast_to(mean, (rows - len(table), table.shape[1]))])
 
 
 def to_json(config: VlmConfig) -> dict[str, Any]:
