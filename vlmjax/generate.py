@@ -298,6 +298,10 @@ def parse(arguments: Sequence[str]) -> None:
         raise UserError("--prompt is not given: what to continue or to answer; or --chat for a conversation")
     if FLAGS.prompt is not None and FLAGS.chat:
         raise UserError("--prompt and --chat exclude each other: type the first turn, or leave out --chat")
+    if not FLAGS.temperature and (FLAGS.top_k or FLAGS.top_p < 1):
+        raise UserError(
+            "--top_k and --top_p say what to draw from: give a --temperature above 0, such as 0.7"
+        )
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -48,7 +48,11 @@ class Options:
             ("top_k", self.top_k >= 0, "0 for no limit, or more"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("repetition_penalty", self.repetition_penalty > 0, "above 0; 1 is none"),
-            ("early_stopping", self.early_stopping in EARLY, "False, True or 'never'"),
+            (
+                "early_stopping",
+                isinstance(self.early_stopping, (bool, str)) and self.early_stopping in EARLY,
+                "False, True or 'never'",
+            ),
             ("stop_sequences", all(self.stop_sequences), "sequences of at least one token"),
         ):
             if not fits:

@@ -64,8 +64,8 @@ def leave_open(tokenizer: text.Tokenizer, path: Path) -> dict[str, Any] | None:
     """
     backend = tokenizer.backend
     bare, whole = backend.encode("a", add_special_tokens=False).ids, backend.encode("a").ids
-    start = next(at for at in range(len(whole)) if whole[at : at + len(bare)] == bare)
-    if start + len(bare) == len(whole):
+    start = next((at for at in range(len(whole)) if whole[at : at + len(bare)] == bare), None)
+    if start is None or start + len(bare) == len(whole):
         return None
     from tokenizers import Regex, Tokenizer, decoders, processors
 
