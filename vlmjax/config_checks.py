@@ -200,6 +200,8 @@ def _check_conversations(c: Any) -> None:
     _one_of(c.data.conversation.template, "config.data.conversation.template", (*TEMPLATES, OWN))
     for name in ("max_length", "images_per_row"):
         _at_least(c.data[name], 1, f"config.data.{name}")
+    for name in ("width", "depth", "heads", "kv_heads", "mlp_dim"):
+        _at_least(c.model.language[name], 1, f"config.model.language.{name}")
     if c.stage != "generative":
         return
     if c.model.image.patch_dropout:

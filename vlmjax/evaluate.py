@@ -66,12 +66,24 @@ def read_model(path: str) -> tuple[Any, Any, Any, Any]:
 
     Raises:
         CheckpointError: a folder that is neither.
+        DataError: images of another size than the model's.
     """
     from vlmjax import hub
     from vlmjax.export import load_workdir
 
-    is_run, path = _kind(path)
-    return load_workdir(path) if is_run else (*hub.load(path), *hub.load_processor(path))
+    given, (is_run, path) = path, _kind(path)
+    model, params, tokenizer, transform = (
+        load_workdir(path) if is_run else (*hub.load(path), *hub.load_processor(path))
+    )
+    # A dual encoder resamples its positions; the places of a text are counted.
+    if transform is not None and hasattr(model.config, "image_tokens"):
+        size = model.config.image.image_shape
+        if transform.output_size != size:
+            raise DataError(
+                f"--model={given}: its image processor makes images of {transform.output_size}, the tower takes "
+                f"{size}; it is another model's"
+            )
+    return model, params, tokenizer, transform
 
 
 def read_form(path: str) -> Any:

@@ -298,6 +298,14 @@ def parse(arguments: Sequence[str]) -> None:
         raise UserError("--prompt is not given: what to continue or to answer; or --chat for a conversation")
     if FLAGS.prompt is not None and FLAGS.chat:
         raise UserError("--prompt and --chat exclude each other: type the first turn, or leave out --chat")
+    if not 0 <= FLAGS.temperature < 100:
+        raise UserError(
+            f"--temperature={FLAGS.temperature}: give a number from 0 (the likeliest token) to below 100"
+        )
+    if not 0 <= FLAGS.seed < 2**63:
+        raise UserError(f"--seed={FLAGS.seed}: give a number from 0 to below 2**63")
+    if "" in FLAGS.stop or "" in FLAGS.image:
+        raise UserError("--stop and --image need a value: leave out what is empty")
     if not FLAGS.temperature and (FLAGS.top_k or FLAGS.top_p < 1):
         raise UserError(
             "--top_k and --top_p say what to draw from: give a --temperature above 0, such as 0.7"

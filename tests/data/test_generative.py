@@ -377,6 +377,7 @@ def test_a_template_that_the_tokenizer_cannot_write_is_refused_at_once(words):
 def recipe(**changes):
     c = config.tiny(config.recipe())
     c.stage, c.batch_size, c.data.max_length = "generative", 4, 192
+    c.evals = config.Config()
     c.data.conversation.template = "plain"
     c.data.update(changes)
     return config.validate(c)

@@ -130,7 +130,7 @@ def test_a_whole_model_keeps_its_image_size_and_its_tokens(parts, tmp_path):
     ):
         build.make_model(c, Words(60))
     c.model.image.image_size = 24
-    with pytest.raises(RecipeError, match=r"image_size=24: the model of config\.init_from=.* takes 16"):
+    with pytest.raises(RecipeError, match=r"image_size=24: the model of config\.init_from=.* has 16"):
         build.make_model(c, Words())
 
 

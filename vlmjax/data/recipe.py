@@ -11,6 +11,7 @@ from vlmjax.data import bpe, mixture, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.conversation import MARK
 from vlmjax.data.generative import Rows
+from vlmjax.data.pieces import Pieces
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.plan import permute
 from vlmjax.data.sources import Source, captions_of, open_sources, turns_of
@@ -146,6 +147,8 @@ def train_data(
         "cache_decoded": data.cache_decoded or None,
     }
     if recipe.stage == "generative":
+        with naming("data.conversation.template"):
+            Pieces(tokenizer).template(data.conversation.template)
         settings["generative"] = generative_rows(recipe, tokenizer, image_size, image_tokens)
     transform = TrainTransform(image_size, data.augment.to_dict(), background=background)
     return TrainData(sources, transform, tokenizer, **settings | options)

@@ -48,12 +48,8 @@ def vlm_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str
                 f"config.init_from={recipe.init_from!r} holds a {type(model).__name__}; stage 'generative' needs a "
                 "whole vision-language model. Its parts come by model.image_from and model.language_from"
             )
-        config, size = model.config, recipe.model.image.image_size
-        if config.image.image_size != size:
-            raise RecipeError(
-                f"config.model.image.image_size={size}: the model of config.init_from={recipe.init_from!r} takes "
-                f"{config.image.image_size}; set it to that"
-            )
+        config = model.config
+        _check_same(recipe, config)
     else:
         bridge = recipe.model.bridge
         config = VlmConfig(
@@ -78,6 +74,22 @@ def vlm_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str
     image = dataclasses.replace(config.image, **compute)
     bridge = dataclasses.replace(config.bridge, dtype=compute["dtype"])
     return dataclasses.replace(config, image=image, text=words, bridge=bridge)
+
+
+def _check_same(recipe: Any, config: VlmConfig) -> None:
+    """Raise RecipeError for what an imported model has otherwise than the recipe, which would go unheeded."""
+    model = recipe.model
+    for key, wanted, found in (
+        ("image.image_size", model.image.image_size, config.image.image_size),
+        ("image.patch_size", model.image.patch_size, config.image.patch_size),
+        ("feature_layers", tuple(model.feature_layers), config.feature_layers),
+        ("keep_class", model.keep_class, config.keep_class),
+    ):
+        if wanted != found:
+            raise RecipeError(
+                f"config.model.{key}={wanted}: the model of config.init_from={recipe.init_from!r} has {found}; "
+                "set it to that"
+            )
 
 
 def _image(recipe: Any) -> VitConfig:
