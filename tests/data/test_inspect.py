@@ -176,6 +176,7 @@ def get_config(arg=""):
     c = config.tiny(config.recipe())
     c.stage, c.data.train, c.data.packing, c.data.images_per_row = "generative", "scenes:full:questions", True, 2
     c.data.conversation.template, c.data.tokenizer = "mistral_instruct", "TOKENIZER"
+    c.evals = config.Config()
     return c
 """
 
