@@ -103,20 +103,24 @@ def write(source: Source, model: Model, job: Job, indices: Iterable[int]) -> dic
 
 
 def _go(pool: Any, model: Model, job: Job, asked: Iterator, opened: dict[str, TextIO], counts: Any) -> None:
-    failures = 0
+    failures, any_answer, told = 0, False, ""
     while block := list(itertools.islice(asked, 4 * job.workers)):
         # In order, so that equal runs give equal files; a block is small enough to lose to a kill.
         answers = pool.map(lambda one: _ask(model, one[1], job), block)
         for (record, context), (kind, answer) in zip(block, answers, strict=True):
             if isinstance(answer, Unanswered):
-                counts["unanswered"], failures = counts["unanswered"] + 1, failures + 1
+                counts["unanswered"], failures, told = counts["unanswered"] + 1, failures + 1, str(answer)
                 if failures >= _MOST_FAILURES:
                     raise DataError(
                         f"no answer to {failures} requests in a row, the last: {answer}; start again when it is back"
                     )
                 continue
-            failures = 0
+            failures, any_answer = 0, True
             _take(record, context, kind, answer, job, opened, counts)
+    if failures and not any_answer:
+        raise DataError(
+            f"no answer to any of {failures} requests, the last: {told}; start again when it is back"
+        )
 
 
 def _asked(
@@ -284,12 +288,19 @@ def _model(options: argparse.Namespace) -> Model:
         return Recorded(options.recorded)
     if not options.endpoint or not options.model:
         raise DataError("nobody to ask: give --endpoint and --model, or --recorded")
+    if not re.match(r"https?://[\w.\-\[]", options.endpoint):
+        raise DataError(
+            f"--endpoint={options.endpoint}: expected an address such as http://localhost:8000/v1"
+        )
+    for name in ("timeout", "attempts", "workers"):
+        if not getattr(options, name) > 0:
+            raise DataError(f"--{name}={getattr(options, name)}: expected a number above 0")
     return Endpoint(
         options.endpoint,
         options.model,
         os.environ.get(options.key_env, ""),
         timeout=options.timeout,
-        attempts=max(1, options.attempts),
+        attempts=options.attempts,
         temperature=options.temperature,
         max_tokens=options.max_tokens,
         seed=options.seed,
