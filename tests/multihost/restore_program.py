@@ -49,12 +49,12 @@ def restore(folder, out, mesh, reads_badly=-1, silent=-1, how=""):
     """Restore, write what this process got, and save one more."""
     me, read = jax.process_index(), reading.read_state
 
-    def read_state(folder, step, abstract):
+    def read_state(folder, step, abstract, *more):
         if step == 2 and me == silent:
             os.kill(os.getpid(), signal.SIGSTOP) if how == "stopped" else time.sleep(60)
         if step == 2 and me == reads_badly:
             raise reading.DamagedCheckpoint(f"{folder}/{step}: cannot be read here")
-        return read(folder, step, abstract)
+        return read(folder, step, abstract, *more)
 
     restoring.read_state = read_state
     wanted = jax.tree.map(
