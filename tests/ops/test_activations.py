@@ -23,6 +23,7 @@ DEFINITIONS = {
     "gelu_new": tanh_form,
     "gelu_pytorch_tanh": tanh_form,
     "quick_gelu": lambda x: x * sigmoid(1.702 * x),
+    "linear": lambda x: x,
     "relu": lambda x: max(x, 0.0),
     "silu": lambda x: x * sigmoid(x),
     "swish": lambda x: x * sigmoid(x),
