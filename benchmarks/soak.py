@@ -224,9 +224,14 @@ def differences(one: Path, other: Path, steps: int) -> list[str]:
         rows = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
         return [(row["step"], row["loss"], row["grad_norm"]) for row in rows if "loss" in row]
 
-    wrong = [f"{a} is not {b}" for a, b in zip(log(one), log(other), strict=False) if a != b]
-    if [step for step, *_ in log(one)] != list(range(1, steps + 1)):
-        wrong.append(f"the log of {one} does not have every step once")
+    rows = {run: log(run) for run in (one, other)}
+    wrong = [
+        f"the log of {run} does not have every step once"
+        for run, found in rows.items()
+        if [step for step, *_ in found] != list(range(1, steps + 1))
+    ]
+    if not wrong:
+        wrong = [f"{a} is not {b}" for a, b in zip(*rows.values(), strict=True) if a != b]
     saved = [records.read(epath.Path(run) / "checkpoints" / str(steps)) for run in (one, other)]
     wrong += [
         f"{name} was saved with other values"

@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import os
+import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -30,6 +31,35 @@ def parse(arguments: Sequence[str], values: flags.FlagValues = flags.FLAGS) -> l
         check_overrides(arguments[1:])
         _check_file(arguments)
         return values(list(arguments))
+
+
+def parse_alone(
+    arguments: Sequence[str], values: flags.FlagValues, about: str, needed: Sequence[str], hint: str
+) -> None:
+    """Read the flags of a command that takes no recipe; `--help` ends the program here.
+
+    Args:
+      arguments: the program's name first.
+      values: its flags.
+      about: what `--help` begins with.
+      needed: names of those that must be given.
+      hint: what to do instead of an argument that is no flag.
+
+    Raises:
+      UserError: a flag that is unknown, wrong or missing, or something else.
+    """
+    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
+        print(about + values.get_help().partition(":")[2])
+        sys.exit(0)
+    try:
+        rest = values(list(arguments))
+    except flags.Error as error:
+        raise UserError(_first_line(error)) from None
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: {hint}")
+    for name in needed:
+        if not values[name].value:
+            raise UserError(f"--{name} is not given: {values[name].help}")
 
 
 def read(arguments: Sequence[str], default: Callable[[], Config]) -> Config:

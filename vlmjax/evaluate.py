@@ -11,6 +11,7 @@ from typing import Any
 
 from absl import flags
 
+from vlmjax.command_line import parse_alone
 from vlmjax.errors import CheckpointError, DataError, UserError
 
 _MOST_IMAGES = 1  # per question
@@ -212,20 +213,13 @@ def _write(path: str, row: dict[str, Any]) -> None:
 
 def parse(arguments: Sequence[str]) -> None:
     """Read the flags before anything heavy is imported; `--help` and mistakes end the program here."""
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
-        print(__doc__ + FLAGS.get_help().partition(":")[2])
-        sys.exit(0)
+    hint = "quote patterns, --data='x-{00000..00003}.tar'"
     try:
-        rest = FLAGS(list(arguments), known_only=False)
-        for name in ("model", "benchmark", "data"):
-            if not FLAGS[name].value:
-                raise flags.Error(f"--{name} is not given: {FLAGS[name].help}")
-        if len(rest) > 1:
-            raise flags.Error(
-                f"unexpected argument {rest[1]!r}: quote patterns, --data='x-{{00000..00003}}.tar'"
-            )
-    except flags.Error as error:
-        _stop(UserError(" ".join(str(error).split())))
+        parse_alone(arguments, FLAGS, __doc__, ("model", "benchmark", "data"), hint)
+    except UserError as error:
+        _stop(error)
+    if FLAGS.benchmark != "vqa" and FLAGS.blind:
+        _stop(UserError(f"--blind is for --benchmark=vqa; with {FLAGS.benchmark} leave it out"))
 
 
 def _stop(error: UserError) -> None:

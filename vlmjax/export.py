@@ -8,6 +8,7 @@ from typing import Any
 
 from absl import flags
 
+from vlmjax.command_line import parse_alone
 from vlmjax.errors import CheckpointError, UserError
 
 # Flags of this command alone, so that commands can be imported side by side.
@@ -116,18 +117,7 @@ def export_adapter(workdir: str, out: str, *, step: int | None = None) -> None:
 
 def parse(arguments: Sequence[str]) -> None:
     """Read the flags before anything heavy is imported; raises UserError for mistakes."""
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
-        print(__doc__ + FLAGS.get_help().partition(":")[2])
-        sys.exit(0)
-    try:
-        rest = FLAGS(list(arguments))
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: values are given as --out=hf")
-    for name in ("workdir", "out"):
-        if not FLAGS[name].value:
-            raise UserError(f"--{name} is not given: {FLAGS[name].help}")
+    parse_alone(arguments, FLAGS, __doc__, ("workdir", "out"), "values are given as --out=hf")
     if "://" in FLAGS.out:
         raise UserError(f"--out={FLAGS.out}: name a folder on a disk, and copy it to the bucket from there")
     if os.path.isfile(FLAGS.out):

@@ -9,11 +9,12 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
+from vlmjax.command_line import parse_alone
 from vlmjax.errors import BadRecord, DataError, Stopped, UserError
 
 # Flags of this command alone, so that commands can be imported side by side.
 FLAGS = flags.FlagValues()
-OWN, RAW, AUTO = "tokenizer", "none", "auto"
+RAW, AUTO = "none", "auto"
 
 
 def _string(name: str, default: str | None, text: str) -> None:
@@ -102,22 +103,23 @@ def open_speaker(options: flags.FlagValues) -> Speaker:
 
 def _form(options: flags.FlagValues, pieces: Any) -> Any:
     """How the model is spoken to: as the flags say, else as its folder does."""
-    from vlmjax.data.conversation_templates import Template
+    from vlmjax.data.conversation_templates import OWN, Template
     from vlmjax.data.form import Form
     from vlmjax.evaluate import read_form
 
-    name = options.template
+    name, found = options.template, read_form(options.model)
+    form = Form() if found is None else found
+    form = dataclasses.replace(form, system=options.system or form.system)
+    if name == AUTO and found is not None:
+        return form
     if name == AUTO:
-        found = read_form(options.model)
-        if found is not None:
-            return dataclasses.replace(found, system=options.system or found.system)
         name = OWN if pieces.chat is not None else RAW
     if name == RAW and options.chat:
         raise UserError(
             f"--template={options.template}: a conversation needs a template and the tokenizer of {options.model} "
             "has none; give the one it was trained with, e.g. --template=v1"
         )
-    return Form(Template("", "", "", "", "") if name == RAW else name, options.system)
+    return dataclasses.replace(form, template=Template("", "", "", "", "") if name == RAW else name)
 
 
 # ---- prompts
@@ -283,17 +285,7 @@ def _turn(
 
 def parse(arguments: Sequence[str]) -> None:
     """Read the flags before anything heavy is imported; raises UserError for mistakes."""
-    if any(argument in ("--help", "-help", "-h", "--helpfull") for argument in arguments[1:]):
-        print(__doc__ + FLAGS.get_help().partition(":")[2])
-        sys.exit(0)
-    try:
-        rest = FLAGS(list(arguments))
-    except flags.Error as error:
-        raise UserError(" ".join(str(error).split())) from None
-    if len(rest) > 1:
-        raise UserError(f"unexpected argument {rest[1]!r}: quote the prompt, --prompt='What is this?'")
-    if not FLAGS.model:
-        raise UserError(f"--model is not given: {FLAGS['model'].help}")
+    parse_alone(arguments, FLAGS, __doc__, ("model",), "quote the prompt, --prompt='What is this?'")
     if FLAGS.prompt is None and not FLAGS.chat:
         raise UserError("--prompt is not given: what to continue or to answer; or --chat for a conversation")
     if FLAGS.prompt is not None and FLAGS.chat:

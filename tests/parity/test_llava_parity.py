@@ -1,7 +1,9 @@
 """LLaVA against transformers: logits, loss, gradients, padding, several images, towers, names of every generation."""
 
 import functools
+import importlib.util
 import json
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -245,6 +247,69 @@ def test_what_the_class_cannot_be(load, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config | change))
         with pytest.raises(HubError, match=message):
             hub.load_model(tmp_path)
+
+
+GOLDEN = Path(__file__).resolve().parents[3] / "shared" / "golden" / "hf_models.py"
+
+
+@pytest.mark.skipif(not GOLDEN.is_file(), reason="no golden models on this machine")
+@pytest.mark.parametrize("name", ["llava", "llava_multilayer", "llava_tied_qwen", "llava_v1_linear"])
+def test_golden_models(name, tmp_path):
+    """Models and inputs that somebody else chose: logits, loss, greedy tokens."""
+    spec = importlib.util.spec_from_file_location("hf_models", GOLDEN)
+    golden = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(golden)
+    reference, theirs = getattr(golden, f"build_{name}")()
+    model, params = hub.load(tiny.folder_of(reference, tmp_path))
+    inputs = {key: value.numpy() for key, value in theirs.items()}
+    ids = inputs["input_ids"].astype(np.int32)
+    pixels = deal(model.config, ids, inputs["pixel_values"].transpose(0, 2, 3, 1))
+    ours = {
+        "input_ids": ids,
+        "attention_mask": inputs["attention_mask"].astype(np.int32),
+        "pixel_values": pixels,
+    }
+    with torch.no_grad():
+        expected = reference(**theirs).logits.numpy()
+    found = compiled(lambda p, inputs: model.apply({"params": p}, **inputs, method="causal_lm"))(params, ours)
+    real = ours["attention_mask"] == 1
+    close(np.asarray(found)[real], expected[real], TOLERANCE)
+    # Padded on the right transformers goes on from the padding: only whole rows are asked.
+    whole = [row for row in range(len(ids)) if real[row].all()]
+    one = {
+        "input_ids": ids[whole],
+        "attention_mask": ours["attention_mask"][whole],
+        "pixel_values": pixels[whole],
+    }
+    images = [
+        row[: (i == model.config.image_token_id).sum() // model.config.image_tokens]
+        for row, i in zip(pixels[whole], ids[whole], strict=True)
+    ]
+    asked = {
+        "input_ids": torch.from_numpy(ids[whole].astype(np.int64)),
+        "attention_mask": torch.from_numpy(one["attention_mask"].astype(np.int64)),
+        "pixel_values": torch.from_numpy(np.concatenate(images).transpose(0, 3, 1, 2).copy()),
+    }
+    options = {"max_new_tokens": 5, "eos_token_id": 2, "pad_token_id": 0}
+    wanted = reference.generate(**asked, **options, do_sample=False).numpy()[:, ids.shape[1] :]
+    new = np.asarray(decode.generate(model, params, **one, **options))
+    assert len(whole) and (new[:, : wanted.shape[1]] == wanted).all()
+
+
+def test_a_prompt_without_its_images_is_refused_before_compilation(load):
+    model, params, _ = load("clip and llama")
+    ours, _ = batch(model.config, "left")
+    for change, message in (
+        ({"pixel_values": None}, r"row 0 has 8 image placeholders \(id 5\) and at most 0 image"),
+        ({"pixel_values": ours["pixel_values"][:, :1]}, r"row 0 has 8 image placeholders .* at most 1 image"),
+        (
+            {"pixel_values": ours["pixel_values"][0]},
+            r"pixel_values has shape \(2, 28, 28, 3\); expected \[batch",
+        ),
+    ):
+        inputs = {key: value for key, value in (ours | change).items() if value is not None}
+        with pytest.raises(UserError, match=message):
+            decode.generate(model, params, **inputs, max_new_tokens=3)
 
 
 def test_another_number_of_images_than_placeholders(load):

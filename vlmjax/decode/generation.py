@@ -49,7 +49,8 @@ def generate(
       int32 tokens after each prompt; what ends a row is its last one before padding.
 
     Raises:
-      UserError: an option or a prompt that cannot be, or a model that is no language model.
+      UserError: an option or a prompt that cannot be, images that do not belong to it (a model's `check_inputs`), or a
+        model that is no language model.
     """
     language, options, inputs = opened(model, params, max_new_tokens, inputs_and_options)
     key, limit = jax.random.key(seed), jax.device_put(np.int32(max_new_tokens))
@@ -71,6 +72,8 @@ def opened(
     chosen = {name: value for name, value in inputs_and_options.items() if name in _OPTIONS}
     inputs = {name: value for name, value in inputs_and_options.items() if name not in _OPTIONS}
     options = make_options(**chosen)
+    if hasattr(model, "check_inputs"):
+        model.check_inputs(inputs)
     check_room(_longest(inputs), max_new_tokens, _positions(language, params))
     return language, options, jax.device_put(bucketed(inputs))
 

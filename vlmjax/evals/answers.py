@@ -193,8 +193,9 @@ class AnswerEvaluator:
             for length, places in batches([len(q.prompt) for q in questions], self.batch_size):
                 rows = [questions[place] for place in places]
                 pixels = self._blank(len(own))
-                read = pool.map(self._images, rows[own.start : own.stop])
-                for row, (question, (images, why)) in enumerate(zip(rows[own.start :], read, strict=False)):
+                mine = rows[own.start : own.stop]
+                read = pool.map(self._images, mine)
+                for row, (question, (images, why)) in enumerate(zip(mine, read, strict=True)):
                     pixels[row, : len(images)] = np.stack(images) if images else 0
                     failed += [(question.index, *why)] if why else []
                 prompts = [question.prompt for question in rows]

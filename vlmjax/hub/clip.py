@@ -99,7 +99,11 @@ def head_rows() -> list[Row]:
 
 def to_vit(config: Mapping[str, Any], where: str = "vision_config") -> VitConfig:
     """CLIPVisionConfig -> VitConfig."""
-    c = VISION_DEFAULTS | config
+    return tower(VISION_DEFAULTS | config, where)
+
+
+def tower(c: Mapping[str, Any], where: str, **form: Any) -> VitConfig:
+    """VitConfig of a complete configuration of an image tower; `form` is what its class has otherwise than CLIP."""
     require(c, where, num_channels=3)
     note_training_only(c, where, "attention_dropout", 0.0)
     return VitConfig(
@@ -107,37 +111,37 @@ def to_vit(config: Mapping[str, Any], where: str = "vision_config") -> VitConfig
         depth=c["num_hidden_layers"],
         heads=c["num_attention_heads"],
         mlp_dim=c["intermediate_size"],
-        image_size=whole_side(c["image_size"], f"{where}.image_size"),
-        patch_size=whole_side(c["patch_size"], f"{where}.patch_size"),
+        image_size=_side(c["image_size"], f"{where}.image_size"),
+        patch_size=_side(c["patch_size"], f"{where}.patch_size"),
         activation=activation(c, where),
         layer_norm_eps=c["layer_norm_eps"],
+        **form,
     )
 
 
-def whole_side(value: Any, where: str) -> int:
-    """The side of a square, however it is written."""
+def _side(value: Any, where: str) -> int:
     sides = {value} if isinstance(value, int) else set(value)
     if len(sides) != 1:
         raise HubError(f"{where} is {value!r}; Hugging Face's CLIP has square images and patches only")
     return sides.pop()
 
 
-def square(config: VitConfig) -> int:
-    """The side of a tower's images. Raises HubError where they are not square."""
+def sizes_of(config: VitConfig) -> dict[str, Any]:
+    """The keys that every image tower's class has. Raises HubError where images are not square."""
     height, width = config.image_shape
     if height != width:
         raise HubError(
             f"image_size is {height}x{width}: Hugging Face's CLIP has a square position table only; "
             "train with a square image_size to export (other shapes still work at run time, by interpolation)"
         )
-    return height
+    return _shared(config, None) | {"image_size": height, "patch_size": config.patch_size}
 
 
 def from_vit(config: VitConfig, projection_dim: int | None = None) -> dict[str, Any]:
     """VitConfig -> CLIPVisionConfig."""
     only(config, "CLIPVisionModel", class_token=True, pre_norm=True, patch_bias=False, pool="class")
-    sizes = {"image_size": square(config), "patch_size": config.patch_size}
-    return VISION_DEFAULTS | _shared(config, projection_dim) | sizes | {"model_type": "clip_vision_model"}
+    projection = {} if projection_dim is None else {"projection_dim": projection_dim}
+    return VISION_DEFAULTS | sizes_of(config) | projection | {"model_type": "clip_vision_model"}
 
 
 def to_text(config: Mapping[str, Any], where: str = "text_config") -> TextConfig:

@@ -72,6 +72,7 @@ def load(
     shardings: Shardings | None = None,
     architecture: str | None = None,
     part: str | None = None,
+    only: Callable[[str], bool] | None = None,
 ) -> tuple[nn.Module, dict[str, Any]]:
     """Open a Hugging Face folder as `(model, params)`, to call as `model.apply({"params": params}, ...)`.
 
@@ -89,6 +90,7 @@ def load(
         architecture: read the folder as this class; a tower can be cut out of a larger model, as
             CLIPVisionModel out of CLIPModel. By default what config.json says.
         part: `image` reads the image tower of whatever the folder holds, as ClipVision.
+        only: of a parameter's "a/b/c" path, whether it is read; None: all are.
 
     Raises:
         HubError: the folder or id is not there, holds no safetensors or another architecture, asks for
@@ -112,8 +114,10 @@ def load(
         dtype=DTYPES[_known(dtype, "dtype")],
         shardings=places,
         where=str(path),
+        only=only,
     )
-    found = {name: read_config(path).get(name) for name in family.beside}
+    beside = [name for name in family.beside if only is None or only(name)]
+    found = {name: read_config(path).get(name) for name in beside}
     return model, {
         **params,
         **{name: jnp.float32(value) for name, value in found.items() if value is not None},

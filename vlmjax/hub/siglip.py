@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.hub.clip import block_rows, square, whole_side
-from vlmjax.hub.family import Family, activation, note_training_only, only, require
+from vlmjax.hub.clip import block_rows, sizes_of, tower
+from vlmjax.hub.family import Family, only
 from vlmjax.hub.table import LINEAR, Names, Row, linear, norm, patches
 from vlmjax.models.clip import ClipVision
 from vlmjax.models.vit import VitConfig
@@ -59,37 +59,14 @@ def siglip_rows(config: VitConfig, hf: str = "vision_model", path: str = "vision
 def to_siglip(config: Mapping[str, Any], where: str = "vision_config") -> VitConfig:
     """SiglipVisionConfig -> VitConfig."""
     c = DEFAULTS | config
-    require(c, where, num_channels=3)
-    note_training_only(c, where, "attention_dropout", 0.0)
-    return VitConfig(
-        width=c["hidden_size"],
-        depth=c["num_hidden_layers"],
-        heads=c["num_attention_heads"],
-        mlp_dim=c["intermediate_size"],
-        image_size=whole_side(c["image_size"], f"{where}.image_size"),
-        patch_size=whole_side(c["patch_size"], f"{where}.patch_size"),
-        activation=activation(c, where),
-        layer_norm_eps=c["layer_norm_eps"],
-        pool="attention" if c["vision_use_head"] else "none",
-        **FORM,
-    )
+    return tower(c, where, pool="attention" if c["vision_use_head"] else "none", **FORM)
 
 
 def from_siglip(config: VitConfig) -> dict[str, Any]:
     """VitConfig -> SiglipVisionConfig."""
     only(config, "SiglipVisionModel", **FORM)
-    return DEFAULTS | {
-        "model_type": "siglip_vision_model",
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_attention_heads": config.heads,
-        "intermediate_size": config.mlp_dim,
-        "image_size": square(config),
-        "patch_size": config.patch_size,
-        "hidden_act": config.activation,
-        "layer_norm_eps": config.layer_norm_eps,
-        "vision_use_head": config.pool == "attention",
-    }
+    head = {"vision_use_head": config.pool == "attention"}
+    return DEFAULTS | sizes_of(config) | head | {"model_type": "siglip_vision_model"}
 
 
 VISION = Family(

@@ -134,6 +134,7 @@ def read(
     dtype: Any = np.float32,
     shardings: Mapping[str, Any] | None = None,
     where: str = "weights",
+    only: Callable[[str], bool] | None = None,
 ) -> dict[str, Any]:
     """Fill the parameters of a model from a folder's tensors.
 
@@ -146,9 +147,10 @@ def read(
         shardings: nested dict of `jax.sharding.Sharding` like `expected`; each device then reads from the
             file the part that it holds and nothing else. None puts whole parameters on the default device.
         where: what error messages call the folder.
+        only: of a parameter's path, whether it is wanted; None: all are.
 
     Returns:
-        nested dict of jax.Array.
+        nested dict of jax.Array, of those that are wanted.
 
     Raises:
         HubError: listing, with shapes, every missing, left-over and ill-shaped tensor.
@@ -159,7 +161,7 @@ def read(
     _check_tensors(rows, shapes, found, weights, where)
     places = None if shardings is None else flatten(shardings)
     params = {}
-    for row in rows:
+    for row in filter(lambda row: only is None or only(row.path), rows):
         sources = [found[name] for name in row.names()]
         load = partial(_load, row, sources, weights, shapes[row.path], np.dtype(dtype))
         if places is None:

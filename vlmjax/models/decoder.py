@@ -283,10 +283,7 @@ class Decoder(nn.Module):
 
         Positions count the tokens that `attention_mask` keeps; without one there are no segments.
         """
-        ids = jnp.asarray(input_ids)
-        mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
-        segments = None if attention_mask is None else (mask != 0).astype(jnp.int32)
-        return self.embed(ids), text_positions(mask), segments
+        return self.embed(input_ids), *text_places(input_ids, attention_mask)
 
     def causal_lm(
         self, input_ids: Ids, attention_mask: Ids | None = None
@@ -295,6 +292,15 @@ class Decoder(nn.Module):
         embeddings, positions, segments = self.prepare(input_ids, attention_mask)
         hidden, _ = self(embeddings, positions=positions, segment_ids=segments)
         return self.logits(hidden)
+
+
+def text_places(
+    input_ids: Ids, attention_mask: Ids | None
+) -> tuple[Int[Array, "batch tokens"], Int[Array, "batch tokens"] | None]:
+    """(positions, segment_ids) of texts that are each a document; without a mask there is no padding."""
+    ids = jnp.asarray(input_ids)
+    mask = jnp.ones(ids.shape, jnp.int32) if attention_mask is None else jnp.asarray(attention_mask)
+    return text_positions(mask), None if attention_mask is None else (mask != 0).astype(jnp.int32)
 
 
 def text_positions(attention_mask: Int[Array, "batch tokens"]) -> Int[Array, "batch tokens"]:

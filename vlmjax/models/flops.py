@@ -38,7 +38,7 @@ def forward_flops(
     if isinstance(config, VitConfig):
         patches = math.prod(config.grid)
         embed = 2 * patches * 3 * config.patch_size**2 * config.width
-        tokens = 1 + (config.kept_patches if train else patches)
+        tokens = config.class_token + (config.kept_patches if train else patches)
         return batch * (embed + _blocks(config, tokens))
     pooler = 2 * config.width**2 if isinstance(config, BertConfig) else 0
     return batch * (pooler + _blocks(config, text_length or config.max_length))
@@ -82,16 +82,15 @@ def vlm_train_flops(
     they themselves 6 for each of its tokens.
     """
     patches = math.prod(config.image.grid)
-    tokens = patches + config.image.class_token
-    tower = slots * (
-        2 * patches * 3 * config.image.patch_size**2 * config.image.width + _blocks(config.image, tokens)
-    )
-    widths = [config.image.width * len(config.feature_layers)] + [
-        config.text.width
-    ] * config.bridge.projections
-    bridge = slots * patches * sum(2 * a * b for a, b in itertools.pairwise(widths))
+    tokens, features = patches + config.image.class_token, patches + config.keep_class
+    tower = forward_flops(config.image, slots)
+    widths = [
+        config.image.width * len(config.feature_layers),
+        *[config.text.width] * config.bridge.projections,
+    ]
+    bridge = slots * features * sum(2 * a * b for a, b in itertools.pairwise(widths))
     parts = {"vision_model": tower, "bridge": bridge, "language_model": decoder_flops(config.text, length)}
-    rows = {"vision_model": slots * tokens, "bridge": slots * patches, "language_model": length}
+    rows = {"vision_model": slots * tokens, "bridge": slots * features, "language_model": length}
     total, below, adapted = 0, False, adapted or {}
     for name, forward in parts.items():
         below = below or name in adapted

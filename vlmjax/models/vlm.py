@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -12,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 from vlmjax.errors import RecipeError, UserError
 from vlmjax.models.bridges import Bridge, BridgeConfig
 from vlmjax.models.cache import Cache
-from vlmjax.models.decoder import Decoder, DecoderConfig
+from vlmjax.models.decoder import Decoder, DecoderConfig, text_places
 from vlmjax.models.layers import Ids
 from vlmjax.models.vit import Vit, VitConfig
 
@@ -99,7 +100,7 @@ class Vlm(nn.Module):
             n-th placeholder becomes the n-th one.
 
         Returns:
-          Embeddings; NaN for placeholders beyond a row's images (see `check_placeholders`, before compilation).
+          Embeddings; NaN for placeholders beyond a row's images (see `check_inputs`, before compilation).
         """
         ids = jnp.asarray(input_ids)
         words = self.language_model.embed(ids)
@@ -136,14 +137,23 @@ class Vlm(nn.Module):
         """What generates, once a prompt is prepared."""
         return self.language_model
 
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise UserError, on the host, where placeholders and images of a batch do not belong together."""
+        ids, pixels = np.asarray(inputs["input_ids"]), inputs.get("pixel_values")
+        shape = (*self.config.image.image_shape, 3)
+        if pixels is not None and (np.ndim(pixels) != 5 or np.shape(pixels)[2:] != shape):
+            raise UserError(
+                f"pixel_values has shape {np.shape(pixels)}; expected [batch, images, {', '.join(map(str, shape))}]"
+            )
+        check_placeholders(self.config, ids, 0 if pixels is None else np.shape(pixels)[1])
+
     def prepare(
         self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
     ) -> tuple[
         Float[Array, "batch tokens width"], Int[Array, "batch tokens"], Int[Array, "batch tokens"] | None
     ]:
         """Texts with their images, as a call takes them: see `Decoder.prepare`."""
-        _, positions, segments = self.language_model.prepare(input_ids, attention_mask)
-        return self.embed(input_ids, pixel_values), positions, segments
+        return self.embed(input_ids, pixel_values), *text_places(input_ids, attention_mask)
 
     def causal_lm(
         self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
@@ -172,22 +182,21 @@ def placeholder_index(is_image: Bool[Array, "batch tokens"]) -> Int[Array, "batc
     return jnp.where(is_image, jnp.cumsum(is_image.astype(jnp.int32), axis=1) - 1, -1)
 
 
-def check_placeholders(config: VlmConfig, input_ids: np.ndarray, images: np.ndarray) -> None:
-    """Raise UserError unless every row has placeholders for exactly its images.
+def check_placeholders(config: VlmConfig, input_ids: np.ndarray, slots: int) -> None:
+    """Raise UserError unless every row has placeholders for whole images, and for no more than it has slots.
 
     Args:
       config: of the model.
       input_ids: int [batch, tokens], on the host.
-      images: int [batch], how many images each row has.
+      slots: images of each row, of which the last may stand empty.
     """
-    found = (np.asarray(input_ids) == config.image_token_id).sum(axis=1)
-    for row, (placeholders, count) in enumerate(
-        zip(found.tolist(), np.asarray(images).tolist(), strict=True)
-    ):
-        if placeholders != count * config.image_tokens:
+    found = (input_ids == config.image_token_id).sum(axis=1)
+    for row, placeholders in enumerate(found.tolist()):
+        if placeholders % config.image_tokens or placeholders > slots * config.image_tokens:
             raise UserError(
-                f"row {row} has {placeholders} image placeholders (id {config.image_token_id}) and {count} image(s); "
-                f"{config.image_tokens} belong to each image: write one <image> for each, which the processor expands"
+                f"row {row} has {placeholders} image placeholders (id {config.image_token_id}) and at most {slots} "
+                f"image(s); {config.image_tokens} belong to each image: write one <image> for each, which the "
+                "processor expands"
             )
 
 

@@ -18,7 +18,7 @@ from vlmjax.losses.contrastive import Memory, Teacher, info_nce, make_terms
 from vlmjax.losses.sigmoid import sigmoid
 from vlmjax.models import flops
 from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage
+from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage, normalized
 
 
 class Contrastive(Stage):
@@ -101,7 +101,10 @@ class Contrastive(Stage):
 
     def _features(self, params: Params, batch: Batch, **options: Any) -> dict[str, Array]:
         image = self.model.apply(
-            {"params": params}, self.normalize(batch["pixel_values"]), method="encode_image", **options
+            {"params": params},
+            normalized(batch["pixel_values"], self.mean, self.std),
+            method="encode_image",
+            **options,
         )
         text = self.model.apply(
             {"params": params},
@@ -207,8 +210,3 @@ class Contrastive(Stage):
             return params
         cap = jnp.asarray(math.log(self.loss_config["logit_scale_max"]), params["logit_scale"].dtype)
         return {**params, "logit_scale": jnp.minimum(params["logit_scale"], cap)}
-
-    def normalize(self, pixel_values: Array) -> Float[Array, "batch height width 3"]:
-        """(x / 255 - mean) / std on the device, so that a quarter of the bytes travel to it."""
-        mean, std = (jnp.asarray(v, jnp.float32)[None, None, None, :] for v in (self.mean, self.std))
-        return (pixel_values.astype(jnp.float32) / jnp.float32(255) - mean) / std

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
@@ -18,7 +17,7 @@ from vlmjax.models.layers import DTYPES
 from vlmjax.models.lora import LoraConfig, applied, placement, sizes, variables, with_adapters
 from vlmjax.ops.flash import choose_attention
 from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage
+from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage, normalized
 
 
 class Generative(Stage):
@@ -29,6 +28,7 @@ class Generative(Stage):
     """
 
     decomposes = True
+    unit = "rows"
 
     def __init__(self, recipe: Any, model: nn.Module, mesh: Mesh):
         """`recipe` is the whole validated recipe; `model` a models/vlm.py Vlm."""
@@ -97,7 +97,7 @@ class Generative(Stage):
         """Hidden states of rows whose `pixel_values` are uint8 [batch, slots, height, width, 3]."""
 
         def forward(module: nn.Module) -> Array:
-            pixels = self.normalize(batch["pixel_values"])
+            pixels = normalized(batch["pixel_values"], self.mean, self.std)
             embeddings = module.embed(batch["input_ids"], pixels, image_index=batch["image_index"])
             hidden, _ = module(embeddings, positions=batch["position_ids"], segment_ids=batch["segment_ids"])
             return hidden
@@ -125,12 +125,6 @@ class Generative(Stage):
     def total_weight(self, batch: Batch) -> Float[Array, ""]:
         """What the losses of all parts of a batch are divided by."""
         return batch["target_weights"].sum()
-
-    def normalize(self, pixel_values: Array) -> Float[Array, "batch slots height width 3"]:
-        """(x / 255 - mean) / std on the device, so that a quarter of the bytes travel to it."""
-        shape = (1,) * (pixel_values.ndim - 1) + (3,)
-        mean, std = (jnp.asarray(np.reshape(v, shape), jnp.float32) for v in (self.mean, self.std))
-        return jax.lax.stop_gradient((pixel_values.astype(jnp.float32) / jnp.float32(255) - mean) / std)
 
 
 def _with_attention(model: nn.Module, name: str, mesh: Mesh, tokens: int) -> nn.Module:

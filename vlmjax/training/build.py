@@ -118,7 +118,13 @@ def imported(recipe: Any) -> dict[str, str]:
     return dict.fromkeys(groups, recipe.init_from) if recipe.init_from else {}
 
 
-def import_params(recipe: Any, model: Clip | Vlm, places: Any, fresh: Callable[[], Any]) -> Any:
+def import_params(
+    recipe: Any,
+    model: Clip | Vlm,
+    places: Any,
+    fresh: Callable[[], Any],
+    only: Callable[[str], bool] | None = None,
+) -> Any:
     """The parameters that a recipe imports, every device reading its own part of the files; new ones for the rest.
 
     At another image size than the folder's, position embeddings are resampled to the new grid, once and for all.
@@ -128,21 +134,25 @@ def import_params(recipe: Any, model: Clip | Vlm, places: Any, fresh: Callable[[
       model: from `make_model`.
       places: nested dict with the sharding of every parameter of `model`.
       fresh: () -> random parameters of the whole model, traceable.
+      only: of an imported parameter's path, whether it is wanted, and nothing else then; None: the whole model is.
     """
     from vlmjax import hub
 
     if isinstance(model, Vlm):
-        return vlm_parts.import_parts(recipe, model, places, fresh)
+        return vlm_parts.import_parts(recipe, model, places, fresh, only)
 
     flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
     with naming("init_from"):
         old = hub.load_model(recipe.init_from).config.image.grid
         if old == new:
-            return hub.load(recipe.init_from, shardings=places)[1]
+            return hub.load(recipe.init_from, shardings=places, only=only)[1]
         # The table's own placement may not divide the old grid: it is read whole, and placed once it is resampled.
         whole = flat | {POSITIONS: replicated(flat[POSITIONS].mesh)}
-        _, params = hub.load(recipe.init_from, shardings=traverse_util.unflatten_dict(whole, sep="/"))
+        whole = traverse_util.unflatten_dict(whole, sep="/")
+        _, params = hub.load(recipe.init_from, shardings=whole, only=only)
     params = traverse_util.flatten_dict(params, sep="/")
+    if POSITIONS not in params:
+        return traverse_util.unflatten_dict(params, sep="/")
     # On one CPU: where the tower is frozen a checkpoint has its digest alone, and no two kinds of devices add up alike.
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         table = np.asarray(params[POSITIONS].addressable_data(0))

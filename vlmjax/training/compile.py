@@ -5,14 +5,13 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
+from vlmjax.models import clip, vlm
 from vlmjax.models.layers import DTYPES
-from vlmjax.models.vlm import Vlm, example_inputs
 from vlmjax.sharding.mesh import batch_sharding
 from vlmjax.sharding.peers import barrier
 from vlmjax.stages.contrastive import Contrastive
@@ -23,6 +22,8 @@ from vlmjax.training.state import TrainState, make_state, split, state_shardings
 from vlmjax.training.step import make_train_step
 
 STAGES = {"contrastive": Contrastive, "generative": Generative}
+# The smallest inputs that make every parameter of a model.
+EXAMPLES = {clip.Clip: clip.example_inputs, vlm.Vlm: vlm.example_inputs}
 Tree = Any
 
 
@@ -104,12 +105,7 @@ def check_heads(config: Any, mesh: Mesh) -> None:
 
 def init_params(model: Any, seed: int) -> Tree:
     """Random fp32 parameters of a model, a function of the seed alone."""
-    config = model.config
-    if isinstance(model, Vlm):
-        return model.init(jax.random.key(seed), **example_inputs(config))["params"]
-    pixels = jnp.zeros((1, *config.image.image_shape, 3), jnp.float32)
-    ids = jnp.zeros((1, config.text.max_length), jnp.int32)
-    return model.init(jax.random.key(seed), pixels, ids, attention_mask=jnp.ones_like(ids))["params"]
+    return model.init(jax.random.key(seed), **EXAMPLES[type(model)](model.config))["params"]
 
 
 def abstract_batch(stage: Stage, batch_size: int, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:

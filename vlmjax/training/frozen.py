@@ -36,11 +36,12 @@ def whole(groups: Mapping[str, Tree], record: Mapping[str, Any], recipe: Any, mo
     mesh = make_mesh(devices=jax.local_devices(backend="cpu")[:1])
     shapes = jax.eval_shape(lambda: init_params(model, recipe.seed))
     places = jax.tree.map(lambda _: replicated(mesh), shapes)
-    params = by_path(import_params(recipe, model, places, lambda: init_params(model, recipe.seed)))
-    flat, wrong = {}, []
-    for name in sorted(names):
-        dtype, _, digest = record["arrays"][name]
-        value = params.get(path := name.removeprefix(FROZEN))
+    paths = {name.removeprefix(FROZEN) for name in names}
+    found = import_params(recipe, model, places, lambda: init_params(model, recipe.seed), paths.__contains__)
+    params, flat, wrong = by_path(found), {}, []
+    for path in sorted(paths):
+        dtype, _, digest = record["arrays"][FROZEN + path]
+        value = params.get(path)
         flat[path] = None if value is None else np.asarray(value).astype(np.dtype(dtype))
         if value is None or host_digest(flat[path]) != digest:
             wrong.append(path)

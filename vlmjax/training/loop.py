@@ -108,8 +108,7 @@ class Run:
         self.hosts = Hosts(folder, phases)
         work = self.program.stage.train_flops(recipe.batch_size, self.state.params)
         self.clock = Clock(recipe.batch_size, work, self.model.config.image.dtype)
-        unit = "rows" if recipe.stage == "generative" else "images"
-        self.bar = ProgressBar(self.start, lengths.total, self.first, unit)
+        self.bar = ProgressBar(self.start, lengths.total, self.first, self.program.stage.unit)
         begin = min(self.start + 3, lengths.total)
         self.trace = Trace(folder, first=begin, steps=3 if profile else 0)
         spikes = Spikes(folder, recipe.spikes, **saved.get("spikes", {}))

@@ -1,5 +1,6 @@
 """How a run begins: the first or the continued state, and what is told about it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,6 +11,7 @@ from vlmjax.sharding.rules import format_table, shardings
 from vlmjax.training.build import import_params, imported
 from vlmjax.training.checkpoint import Checkpoints
 from vlmjax.training.compile import Program, init_params
+from vlmjax.training.digests import by_path
 from vlmjax.training.durations import Durations
 from vlmjax.training.records import Reference
 from vlmjax.training.state import TrainState, count, merge
@@ -23,7 +25,8 @@ def start_state(
     """The state a run goes on from: its newest good checkpoint, imported parameters, or random ones.
 
     Nothing is ever whole on one device: random numbers are drawn by a program compiled with its output shardings,
-    imported and restored arrays are read slice by slice. Where there is a checkpoint nothing is imported.
+    imported and restored arrays are read slice by slice. Where there is a checkpoint nothing is imported but the frozen
+    parameters that it only names.
 
     Returns:
       (state, data position of the checkpoint or {}).
@@ -38,11 +41,12 @@ def start_state(
     return jax.jit(program.make, out_shardings=places)(params), {}
 
 
-def _imported(recipe: Any, model: Any, mesh: Mesh) -> Tree:
+def _imported(recipe: Any, model: Any, mesh: Mesh, only: Callable[[str], bool] | None = None) -> Tree:
     def fresh() -> Tree:
         return init_params(model, recipe.seed)
 
-    return import_params(recipe, model, shardings(recipe.sharding, jax.eval_shape(fresh), mesh), fresh)
+    places = shardings(recipe.sharding, jax.eval_shape(fresh), mesh)
+    return import_params(recipe, model, places, fresh, only)
 
 
 def reference(recipe: Any, model: Any, program: Program, mesh: Mesh) -> Reference | None:
@@ -52,9 +56,11 @@ def reference(recipe: Any, model: Any, program: Program, mesh: Mesh) -> Referenc
         return None
 
     def fetch() -> Tree:
-        places = jax.tree.map(lambda x: x.sharding, program.state.frozen)
-        params = _imported(recipe, model, mesh)
-        return jax.jit(lambda params: program.make(params).frozen, out_shardings=places)(params)
+        wanted = program.state.frozen
+        found = _imported(recipe, model, mesh, by_path(wanted).__contains__)
+        return jax.tree.map(
+            lambda x, like: jax.device_put(x.astype(like.dtype), like.sharding), found, wanted
+        )
 
     return Reference(", ".join(sorted({sources[group] for group in frozen})), fetch)
 

@@ -1,7 +1,7 @@
 """The parts of a vision-language model that a recipe names: imported towers and language models, or new ones."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -151,47 +151,51 @@ def imported(recipe: Any) -> dict[str, str]:
     return {group: address for group, address in named.items() if address}
 
 
-def import_parts(recipe: Any, model: Vlm, places: Tree, fresh: Any) -> Tree:
-    """All parameters of a model: imported ones read by each device from the files, the others new.
+def import_parts(
+    recipe: Any, model: Vlm, places: Tree, fresh: Any, only: Callable[[str], bool] | None = None
+) -> Tree:
+    """Parameters of a model: imported ones read by each device from the files, the others new.
 
     Args:
       recipe: with something to import.
       model: its model.
       places: nested dict with the sharding of every parameter.
       fresh: () -> random parameters of the whole model, traceable.
+      only: as of `build.import_params`.
     """
     if recipe.init_from:
         with naming("init_from"):
-            return hub.load(recipe.init_from, shardings=places)[1]
+            return hub.load(recipe.init_from, shardings=places, only=only)[1]
     sources = imported(recipe)
-    new = [group for group in places if group not in sources]
+    new = [group for group in places if group not in sources and only is None]
     params = jax.jit(
         lambda: {group: fresh()[group] for group in new},
         out_shardings={group: places[group] for group in new},
     )()
-    if "vision_model" in sources:
+    if folder := sources.get("vision_model"):
+        tower = {"vision_model": places["vision_model"]}
         with naming("model.image_from"):
-            tower = hub.load(
-                sources["vision_model"], part="image", shardings={"vision_model": places["vision_model"]}
-            )
-        params["vision_model"] = tower[1]["vision_model"]
-    if "language_model" in sources:
+            params |= hub.load(folder, part="image", shardings=tower, only=only)[1]
+    if folder := sources.get("language_model"):
+        wanted = only and (lambda path: only(f"language_model/{path}"))
         with naming("model.language_from"):
-            params["language_model"] = _import_language(sources["language_model"], model.config.text, places)
+            words = _import_language(folder, model.config.text, places["language_model"], wanted)
+        params["language_model"] = words
     return params
 
 
-def _import_language(folder: str, config: DecoderConfig, places: Tree) -> Tree:
+def _import_language(
+    folder: str, config: DecoderConfig, places: Tree, only: Callable[[str], bool] | None
+) -> Tree:
     """A language model, with rows for new tokens where the vocabulary has grown: each the mean of all others."""
-    wanted = places["language_model"]
     if hub.load_model(folder).config.vocab_size == config.vocab_size:
-        return hub.load(folder, shardings=wanted)[1]
-    flat = traverse_util.flatten_dict(wanted, sep="/")
+        return hub.load(folder, shardings=places, only=only)[1]
+    flat = traverse_util.flatten_dict(places, sep="/")
     tables = [name for name in ("token_embedding", "lm_head") if name in flat]
     # The old number of rows may not divide over the devices: they are read whole, and placed once there are more.
     whole = flat | {name: replicated(flat[name].mesh) for name in tables}
-    params = hub.load(folder, shardings=traverse_util.unflatten_dict(whole, sep="/"))[1]
-    for name in tables:
+    params = hub.load(folder, shardings=traverse_util.unflatten_dict(whole, sep="/"), only=only)[1]
+    for name in [table for table in tables if table in params]:
         grown = with_rows(np.asarray(params[name].addressable_data(0)), config.vocab_size)
         params[name] = jax.make_array_from_callback(grown.shape, flat[name], lambda part, x=grown: x[part])
     return params
