@@ -5,7 +5,9 @@ import json
 
 import jax
 import numpy as np
+import optax
 import pytest
+from flax import traverse_util
 from training import tiny
 
 from vlmjax import config, hub
@@ -20,7 +22,7 @@ from vlmjax.models.vit import VitConfig
 from vlmjax.models.vlm import Vlm, VlmConfig, example_inputs
 from vlmjax.sharding.mesh import make_mesh
 from vlmjax.sharding.rules import shardings
-from vlmjax.training import build, finish, vlm_parts
+from vlmjax.training import build, compile, finish, start, vlm_parts
 from vlmjax.training.compile import init_params
 
 VIT = VitConfig(width=16, depth=2, heads=2, mlp_dim=24, image_size=16, patch_size=8)
@@ -95,6 +97,26 @@ def test_parts_are_imported_and_new_tokens_begin_as_the_mean(parts):
     jax.tree.map(np.testing.assert_array_equal, layers, words["layers"])
     jax.tree.map(np.testing.assert_array_equal, params["bridge"], fresh()["bridge"])
     assert vlm_parts.from_json(json.loads(json.dumps(vlm_parts.to_json(model.config)))).config == model.config
+
+
+@pytest.mark.parametrize(
+    "frozen", ["vision_model/.*", "language_model/layers/.*", "language_model/token_embedding"]
+)
+def test_what_is_frozen_is_read_again_without_the_rest(parts, frozen):
+    """What a checkpoint only names, whichever part or piece of a part it is, and nothing beside it."""
+    folder, tower, words = parts
+    c, mesh = recipe(folder), make_mesh(data=2, fsdp=4)
+    c.frozen = (frozen,)
+    model = build.make_model(c, Words())
+    program = compile.make_program(c, model, mesh, optax.constant_schedule(0.1))
+    again = start.reference(c, model, program, mesh).fetch()
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), again) == jax.tree.map(
+        lambda x: (x.shape, x.dtype, x.sharding), program.state.frozen
+    )
+    found = traverse_util.flatten_dict(again, sep="/")
+    for path, value in traverse_util.flatten_dict({**tower, "language_model": words}, sep="/").items():
+        if path in found:
+            np.testing.assert_array_equal(found[path][: len(value)], value)
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def import_parts(
         wanted = only and (lambda path: only(f"language_model/{path}"))
         with naming("model.language_from"):
             words = _import_language(folder, model.config.text, places["language_model"], wanted)
-        params["language_model"] = words
+        params |= {"language_model": words} if words else {}
     return params
 
 
