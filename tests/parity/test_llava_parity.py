@@ -300,6 +300,7 @@ def test_a_prompt_without_its_images_is_refused_before_compilation(load):
     model, params, _ = load("clip and llama")
     ours, _ = batch(model.config, "left")
     for change, message in (
+        ({"input_ids": None}, r"input_ids has shape \(\); give"),
         ({"pixel_values": None}, r"row 0 has 8 image placeholders \(id 5\) and at most 0 image"),
         ({"pixel_values": ours["pixel_values"][:, :1]}, r"row 0 has 8 image placeholders .* at most 1 image"),
         (

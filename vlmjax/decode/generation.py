@@ -72,19 +72,15 @@ def opened(
     chosen = {name: value for name, value in inputs_and_options.items() if name in _OPTIONS}
     inputs = {name: value for name, value in inputs_and_options.items() if name not in _OPTIONS}
     options = make_options(**chosen)
+    padded = bucketed(inputs)
     if hasattr(model, "check_inputs"):
         model.check_inputs(inputs)
-    check_room(_longest(inputs), max_new_tokens, _positions(language, params))
-    return language, options, jax.device_put(bucketed(inputs))
+    check_room(_longest(padded), max_new_tokens, _positions(language, params))
+    return language, options, jax.device_put(padded)
 
 
-def _longest(inputs: dict[str, Any]) -> int:
-    mask = inputs.get("attention_mask")
-    return (
-        int(np.asarray(mask).sum(axis=1).max())
-        if mask is not None
-        else np.shape(inputs.get("input_ids", [[]]))[-1]
-    )
+def _longest(padded: dict[str, Any]) -> int:
+    return int((padded["attention_mask"] != 0).sum(axis=1).max())
 
 
 def _positions(language: Language, params: Params) -> int | None:
