@@ -5,6 +5,7 @@ COMMANDS = {
     "plan": "compile for other devices  --config=configs/clip_vitl.py --topology=v5e:16x16",
     "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout:class",
     "generate": "text from a model      --model=FOLDER --image=a.jpg --prompt='What is this?'",
+    "instruct": "write conversations    scenes --out=talk.jsonl --endpoint=URL --model=NAME",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "checkpoint": "verify, diff, average  verify runs/quickstart",
     "data.stats": "what a source holds    scenes:heldout --limit=200",
@@ -13,7 +14,6 @@ COMMANDS = {
     "data.formats.tfds_coco": "COCO captions as TFDS  --coco=DIR --out=DIR",
     "data.index": "index shards           shards/*.tar",
     "data.convert": "write shards           pairs.jsonl --out=shards",
-    "data.instruct": "write conversations    scenes --out=talk.jsonl --endpoint=URL --model=NAME",
     "hub.llama2c": "llama2.c's models to HF  stories260K.bin tok512.bin runs/stories",
     "data.bench": "time the pipeline      scenes --image_size=64",
 }

@@ -5,6 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from absl import flags
@@ -52,6 +53,11 @@ flags.DEFINE_multi_string(
 )
 
 
+def options(**changes: Any) -> SimpleNamespace:
+    """What the flags say when nothing is given, but for `changes`: to use this command's parts from elsewhere."""
+    return SimpleNamespace(**{name: FLAGS[name].default for name in FLAGS} | changes)
+
+
 class Speaker(NamedTuple):
     """A model that has been opened, and what stands between it and text."""
 
@@ -67,8 +73,8 @@ class Speaker(NamedTuple):
     longest: int
 
 
-def open_speaker(options: flags.FlagValues) -> Speaker:
-    """Read the model that the flags name. Raises UserError for one that writes no text."""
+def open_speaker(options: Any) -> Speaker:
+    """Read the model of the parsed flags, or of `options()`. Raises UserError for one that writes no text."""
     import jax
 
     from vlmjax.data.form import ends_of
@@ -101,7 +107,7 @@ def open_speaker(options: flags.FlagValues) -> Speaker:
     )
 
 
-def _form(options: flags.FlagValues, pieces: Any) -> Any:
+def _form(options: Any, pieces: Any) -> Any:
     """How the model is spoken to: as the flags say, else as its folder does."""
     from vlmjax.data.conversation_templates import OWN, Template
     from vlmjax.data.form import Form
@@ -184,29 +190,37 @@ def inputs_of(speaker: Speaker, conversation: Sequence[Any], images: Sequence[An
 # ---- answers
 
 
-def answer(speaker: Speaker, inputs: dict[str, Any], options: flags.FlagValues) -> Iterator[str]:
+def answer(speaker: Speaker, inputs: dict[str, Any], options: Any) -> Iterator[str]:
     """The answer piece by piece; with beams in one piece."""
-    from vlmjax import decode
     from vlmjax.decode.streaming import words
 
-    room = speaker.longest - inputs["input_ids"].shape[1]
+    return words(tokens(speaker, inputs, options), speaker.tokenizer.decode, speaker.stops)
+
+
+def room(speaker: Speaker, inputs: dict[str, Any], options: Any) -> int:
+    """How many tokens an answer may have."""
+    return min(options.max_new_tokens, speaker.longest - inputs["input_ids"].shape[1])
+
+
+def tokens(speaker: Speaker, inputs: dict[str, Any], options: Any) -> Iterator[int]:
+    """The tokens of the answer, without the one that ends it."""
+    from vlmjax import decode
+
     given = {
-        "max_new_tokens": min(options.max_new_tokens, room),
+        "max_new_tokens": room(speaker, inputs, options),
         "seed": options.seed,
         "eos_token_id": speaker.ends,
         "pad_token_id": speaker.pieces.pad_token_id,
         "repetition_penalty": options.repetition_penalty,
     }
     if options.temperature > 0:
-        given |= {name: options[name].value for name in ("temperature", "top_k", "top_p")} | {
-            "do_sample": True
-        }
+        given |= {name: getattr(options, name) for name in ("temperature", "top_k", "top_p")}
+        given |= {"do_sample": True}
     if options.num_beams > 1:
         found = decode.generate(speaker.model, speaker.params, num_beams=options.num_beams, **given, **inputs)
-        tokens = iter(found[0].tolist())
-    else:
-        tokens = (int(row[0]) for row in decode.stream(speaker.model, speaker.params, **given, **inputs))
-    return words(_until(tokens, speaker.ends), speaker.tokenizer.decode, speaker.stops)
+        return _until(iter(found[0].tolist()), speaker.ends)
+    rows = decode.stream(speaker.model, speaker.params, **given, **inputs)
+    return _until((int(row[0]) for row in rows), speaker.ends)
 
 
 def _until(tokens: Iterator[int], ends: tuple[int, ...]) -> Iterator[int]:

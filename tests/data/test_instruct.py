@@ -10,6 +10,7 @@ import time
 import pytest
 from helpers import Memory, caption, encoded, picture
 
+from vlmjax import instruct as command
 from vlmjax.data import instruct
 from vlmjax.data.instruct_answers import Rejected, conversation, read
 from vlmjax.data.instruct_models import Answer, Endpoint, Recorded, Unanswered
@@ -290,19 +291,19 @@ def test_the_command(tmp_path, serve, capsys):
     server, out, kept = serve(500, answer=answer), tmp_path / "a.jsonl", tmp_path / "kept.jsonl"
     common = ["scenes", "--limit=12", "--workers=2"]
     asked = [f"--endpoint={server.url}", "--model=m", f"--record={kept}", f"--images={tmp_path / 'i'}"]
-    instruct.main([*common, f"--out={out}", *asked])
+    command.main([*common, f"--out={out}", *asked])
     assert "12  written" in capsys.readouterr().out and len(lines(out)) == 12
     assert len(server.seen) == 13 and "Authorization" not in server.seen[0][2]
-    instruct.main(
+    command.main(
         [*common, f"--out={tmp_path / 'b.jsonl'}", f"--recorded={kept}", f"--images={tmp_path / 'i'}"]
     )
     assert (tmp_path / "b.jsonl").read_text() == out.read_text()
-    instruct.main([*common, f"--prompts={tmp_path / 'p.jsonl'}"])
+    command.main([*common, f"--prompts={tmp_path / 'p.jsonl'}"])
     assert lines(tmp_path / "p.jsonl")[3]["messages"] in [body["messages"] for _, body, _ in server.seen]
     assert len(open_source(str(out))) == 12
     for wrong, message in ((common, "--out is not given"), ([*common, "--out=x"], "nobody to ask")):
         with pytest.raises(SystemExit) as caught:
-            instruct.main(wrong)
+            command.main(wrong)
         assert caught.value.code == 1 and message in capsys.readouterr().err
 
 

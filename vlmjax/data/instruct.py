@@ -1,11 +1,10 @@
-"""`python -m vlmjax.data.instruct SPEC --out=FILE --endpoint=URL --model=NAME`: conversations written from captions.
+"""Conversations written from captions by a language model: `vlmjax.instruct` is the command.
 
 A language model that sees no picture gets captions (and boxes, where the data has them) and writes one of three kinds
 of response: a conversation, a full description, or a question that takes reasoning (LLaVA, Liu et al. 2023, section 3).
-Which kind an image gets depends on its key alone. Rows are LLaVA's; started again, the command goes on where it was.
+Which kind an image gets depends on its key alone. Rows are LLaVA's; started again, `write` goes on where it was.
 """
 
-import argparse
 import collections
 import concurrent.futures
 import io
@@ -13,7 +12,6 @@ import itertools
 import json
 import os
 import re
-import sys
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -23,12 +21,12 @@ from PIL import Image
 
 from vlmjax.data import images, instruct_answers
 from vlmjax.data.instruct_answers import Rejected
-from vlmjax.data.instruct_models import Answer, Endpoint, Model, Recorded, Unanswered
+from vlmjax.data.instruct_models import Answer, Model, Unanswered
 from vlmjax.data.instruct_prompts import KINDS, Context, context_of, detail_question, draw, kind_of, messages
 from vlmjax.data.pictures.signatures import EXTENSIONS, format_of
 from vlmjax.data.record import Record
-from vlmjax.data.sources import Source, key_of, open_source
-from vlmjax.errors import BadRecord, DataError, UserError
+from vlmjax.data.sources import Source, key_of
+from vlmjax.errors import BadRecord, DataError
 
 _MOST_FAILURES = 20  # requests in a row without an answer: the model is not there
 _KEPT = 4000  # characters of a rejected response
@@ -242,106 +240,3 @@ def write_prompts(source: Source, job: Job, indices: Iterable[int], path: str) -
             _line(file, {"id": context.key, "kind": kind, "messages": messages(context, kind)})
             number += 1
     return number
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """The command line."""
-    about, _, more = __doc__.partition("\n\n")
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(
-        "python -m vlmjax.data.instruct", None, about, more, formatter_class=form, allow_abbrev=False
-    )
-    add = parser.add_argument
-    add("data", metavar="SPEC", help="images with captions, as data.train of a recipe names them")
-    add("--out", metavar="FILE", help="jsonl of conversations")
-    add("--endpoint", metavar="URL", help="of OpenAI's protocol, such as http://localhost:8000/v1")
-    add("--model", metavar="NAME", default="", help="its name at the endpoint")
-    add(
-        "--key_env",
-        metavar="NAME",
-        default="OPENAI_API_KEY",
-        help="variable that holds the key, if there is one",
-    )
-    add("--recorded", metavar="FILE", help="instead of an endpoint: jsonl of id, kind, response")
-    add(
-        "--record",
-        metavar="FILE",
-        default="",
-        help="keep every response as it came, to be read by --recorded",
-    )
-    add("--prompts", metavar="FILE", help="write the requests and ask nobody")
-    add("--images", metavar="DIR", default="", help="write the images of accepted rows there")
-    add("--kinds", default="conversation:58,detail:23,reasoning:77", help="how often each (%(default)s)")
-    add("--seed", type=int, default=0, help="of the choices that keys make (0)")
-    add("--limit", type=int, default=0, metavar="N", help="the first N records (all)")
-    add("--workers", type=int, default=8, metavar="N", help="requests at a time (8)")
-    add("--timeout", type=float, default=120.0, metavar="S", help="seconds for one try (120)")
-    add("--attempts", type=int, default=6, metavar="N", help="tries for one request (6)")
-    add("--max_tokens", type=int, default=1024, metavar="N", help="of a response (1024)")
-    add("--temperature", type=float, default=0.7, metavar="T", help="of sampling (0.7)")
-    add("--retry_rejects", action="store_true", help="ask again where the answer was rejected before")
-    return parser
-
-
-def _model(options: argparse.Namespace) -> Model:
-    if options.recorded:
-        return Recorded(options.recorded)
-    if not options.endpoint or not options.model:
-        raise DataError("nobody to ask: give --endpoint and --model, or --recorded")
-    if not re.match(r"https?://[\w.\-\[]", options.endpoint):
-        raise DataError(
-            f"--endpoint={options.endpoint}: expected an address such as http://localhost:8000/v1"
-        )
-    for name in ("timeout", "attempts", "workers"):
-        if not getattr(options, name) > 0:
-            raise DataError(f"--{name}={getattr(options, name)}: expected a number above 0")
-    return Endpoint(
-        options.endpoint,
-        options.model,
-        os.environ.get(options.key_env, ""),
-        timeout=options.timeout,
-        attempts=options.attempts,
-        temperature=options.temperature,
-        max_tokens=options.max_tokens,
-        seed=options.seed,
-    )
-
-
-def run(options: argparse.Namespace) -> dict[str, int]:
-    """Do what the command line says; the counts. Raises DataError."""
-    job = Job(
-        options.out or "",
-        parse_kinds(options.kinds),
-        options.seed,
-        options.images,
-        options.record,
-        max(1, options.workers),
-        options.retry_rejects,
-    )
-    source = open_source(options.data)
-    indices = range(min(options.limit, len(source)) if options.limit > 0 else len(source))
-    if options.prompts:
-        counts = {"prompts": write_prompts(source, job, indices, options.prompts)}
-    elif not job.out:
-        raise DataError("--out is not given: name the jsonl file that conversations go to")
-    else:
-        counts = write(source, _model(options), job, indices)
-    for name, number in sorted(counts.items()):
-        print(f"{number:>8}  {name}")
-    return counts
-
-
-def main(arguments: list[str] | None = None) -> None:
-    """Run; user errors end as one line and a documented exit code."""
-    try:
-        run(make_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C: the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(130)
-
-
-if __name__ == "__main__":
-    main()
