@@ -5,7 +5,7 @@ import json
 import pytest
 import transformers
 
-torch = pytest.importorskip("torch")
+pytest.importorskip("torch")
 
 from tests.parity import tiny
 from tests.test_generate_command import tokenizer
@@ -41,6 +41,8 @@ def lines(path):
 
 def theirs(folder, asked):
     """The greedy answer, and whether it was cut."""
+    import torch
+
     words = transformers.AutoTokenizer.from_pretrained(folder)
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     text = words.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
