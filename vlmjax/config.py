@@ -263,6 +263,7 @@ def recipe() -> Config:
     c.data.max_length = 2048  # tokens of a row, those of images included
     c.data.images_per_row = 1  # places for images; a conversation with more is cut before the first too many
     c.data.blind = False  # grey pictures: how much the words alone teach
+    c.data.lengths = ()  # that rows are padded to, in batches of like length with images or without; () = max_length
     c.data.packing = False  # several conversations in a row, none of which sees the others
 
     c.optimizer = Config()

@@ -202,6 +202,8 @@ def _check_conversations(c: Any) -> None:
         _at_least(c.data[name], 1, f"config.data.{name}")
     for name in ("width", "depth", "heads", "kv_heads", "mlp_dim"):
         _at_least(c.model.language[name], 1, f"config.model.language.{name}")
+    if c.data.lengths:
+        _check_lengths(c)
     if c.stage != "generative":
         return
     if c.model.image.patch_dropout:
@@ -217,6 +219,21 @@ def _check_conversations(c: Any) -> None:
     if side * side >= c.data.max_length:
         raise RecipeError(
             f"config.data.max_length={c.data.max_length} has no room for words beside an image of {side * side} tokens"
+        )
+
+
+def _check_lengths(c: Any) -> None:
+    lengths = tuple(c.data.lengths)
+    if c.stage != "generative" or c.data.packing:
+        why = (
+            "rows are packed (data.packing)" if c.data.packing else f"stage {c.stage!r} has no conversations"
+        )
+        raise RecipeError(f"config.data.lengths={lengths}: {why}; leave it empty")
+    whole = all(isinstance(one, int) and one > 0 for one in lengths)
+    if not whole or list(lengths) != sorted(set(lengths)) or lengths[-1] != c.data.max_length:
+        raise RecipeError(
+            f"config.data.lengths={lengths}: expected numbers of tokens that increase up to config.data.max_length, "
+            f"which is {c.data.max_length}"
         )
 
 

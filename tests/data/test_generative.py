@@ -1,5 +1,6 @@
 """Batches of conversations: rows and packed rows, images in their slots, order, going on, hosts, bad records."""
 
+import dataclasses
 import json
 from collections import Counter
 
@@ -14,6 +15,7 @@ from vlmjax.data import recipe as recipes
 from vlmjax.data.conversation import from_caption, from_turns, turns_in
 from vlmjax.data.formats import tar_writer
 from vlmjax.data.generative import QUESTIONS, Rows
+from vlmjax.data.grouped import group
 from vlmjax.data.mixture import Mixture, parts_of
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.record import Record
@@ -23,6 +25,8 @@ from vlmjax.errors import BadRecord, DataError, RecipeError
 N, IMAGE, SEED, LENGTH = 4, 999, 3, 96
 PLAIN = Rows("mistral_instruct", LENGTH, N, IMAGE, images_per_row=2)
 PACKED = Rows("mistral_instruct", LENGTH, N, IMAGE, images_per_row=2, packing=True, window=32)
+GROUPED = Rows("mistral_instruct", LENGTH, N, IMAGE, images_per_row=2, lengths=(32, 56, LENGTH), window=64)
+ALL, NAMES = [PLAIN, PACKED, GROUPED], ["plain", "packed", "grouped"]
 TRANSFORM = augment.TrainTransform((16, 12), {"crop_scale": (0.5, 1.0)})
 
 
@@ -173,7 +177,7 @@ def _same_pixels(one: tuple, other: tuple) -> bool:
     return len(one[2]) == len(other[2]) and all(map(np.array_equal, one[2], other[2]))
 
 
-@pytest.mark.parametrize("rows", [PLAIN, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("rows", ALL, ids=NAMES)
 @pytest.mark.parametrize(("hosts", "threads"), [(1, 2), (2, 0), (2, 2), (4, 1)])
 def test_hosts_threads_and_chunks_change_nothing(words, rows, hosts, threads):
     expect = take(train(talks(), words, rows, chunk=32), 5)
@@ -185,7 +189,7 @@ def test_hosts_threads_and_chunks_change_nothing(words, rows, hosts, threads):
             same(one, {name: value[own.start : own.stop] for name, value in whole.items()})
 
 
-@pytest.mark.parametrize("rows", [PLAIN, PACKED], ids=["plain", "packed"])
+@pytest.mark.parametrize("rows", ALL, ids=NAMES)
 @pytest.mark.parametrize("threads", [0, 2])
 def test_resume_is_exact(words, rows, threads):
     source = talks()
@@ -208,14 +212,69 @@ def test_resume_is_exact(words, rows, threads):
 
 
 @pytest.mark.slow
-def test_processes_change_nothing(words):
-    expect = take(train(talks(), words, PACKED), 3)
-    data = train(talks(), words, PACKED, processes=2, threads=2)
+@pytest.mark.parametrize("rows", [PACKED, GROUPED], ids=NAMES[1:])
+def test_processes_change_nothing(words, rows):
+    expect = take(train(talks(), words, rows), 3)
+    data = train(talks(), words, rows, processes=2, threads=2)
     for one, whole in zip(take(data, 3), expect, strict=True):
         same(one, whole)
-    there = train(talks(), words, PACKED)
+    there = train(talks(), words, rows)
     take(there, 3)
     assert data.state == there.state
+
+
+def test_grouped_rows_hold_every_example_of_an_epoch_once(words):
+    source = talks(bad=False)
+    data = train(source, words, GROUPED)
+    order = Mixture(parts_of([source], (1.0,)), SEED)
+    waiting = Counter(f"k{int(order(np.array([p]))[0])}" for p in range(2 * 64))
+    shapes, partial = set(), 0
+    while waiting:
+        batch = next(data)
+        (rows, length), slots = batch["input_ids"].shape, batch["pixel_values"].shape[1]
+        assert rows == 8 and batch["image_valid"].shape == (8, slots)
+        shapes.add((length, slots))
+        partial += not batch["valid"].all()
+        lengths = (batch["segment_ids"] > 0).sum(axis=1)
+        shorter = [one for one in (0, 32, 56) if one < length][-1]
+        assert lengths.max() > shorter or not batch["valid"].all() or slots  # what moved up is the exception
+        for key, one in zip(batch["key"][batch["valid"]], conversations(batch), strict=True):
+            waiting.subtract([key])
+            assert bool(one[2]) <= bool(slots)
+            record = source.entries[int(key[1:])]
+            assert len(one[2]) == min(2, record.extra["conversations"][0]["value"].count("<image>") + (
+                sum(t["value"].count("<image>") for t in record.extra["conversations"][1:])
+            ))  # fmt: skip
+        waiting = +waiting
+    data.close()
+    assert partial <= 2 and {slots for _, slots in shapes} == {0, 2} and len(shapes) >= 4, shapes
+
+
+def test_groups_by_hand():
+    tokens, images = np.array([5, 30, 9, 31, 8, 40, 7, 3, 33]), np.array([0, 1, 0, 0, 2, 0, 0, 0, 1])
+    found = {tuple(b.examples.tolist()): b[:2] for b in group(tokens, images, (10, 40), 2).batches}
+    # Two pairs of short texts, two long ones; 4 alone moves up to 1, and 8 is left.
+    assert found == {(0, 2): (10, False), (6, 7): (10, False), (3, 5): (40, False), (1, 4): (40, True),
+                     (8,): (40, True)}  # fmt: skip
+    orders = {tuple(tuple(b.examples.tolist()) for b in group(tokens, images, (10, 40), 2, window=w).batches)
+              for w in range(6)}  # fmt: skip
+    assert len(orders) > 2
+    alone = group(np.array([4, 5, 20]), np.array([0, 0, 0]), (10, 40), 2)
+    assert [b[:2] for b in alone.batches if len(b.examples) == 1] == [(40, False)]
+
+
+def test_groups_of_whatever_examples_lose_none():
+    rng = np.random.default_rng(0)
+    for trial in range(200):
+        n, size = int(rng.integers(0, 60)), int(rng.integers(1, 9))
+        tokens, images = rng.integers(1, 101, n), rng.integers(0, 3, n) * rng.integers(0, 2, n)
+        made = group(tokens, images, (10, 30, 100), size, seed=trial)
+        placed = np.concatenate([b.examples for b in made.batches] or [np.zeros(0, int)])
+        assert sorted(placed.tolist()) == list(range(n)) and made.rows == -(-n // size)
+        for batch in made.batches:
+            assert tokens[batch.examples].max() <= batch.tokens
+            assert batch.with_images or not images[batch.examples].any()
+        assert sum(len(b.examples) < size for b in made.batches) <= 1
 
 
 def test_going_on_reads_nothing_of_the_past(words):
@@ -236,7 +295,7 @@ def test_going_on_reads_nothing_of_the_past(words):
 
 
 def test_bad_records_are_counted_once_and_leave_their_place_empty(words):
-    for rows, steps in ((PLAIN, 15), (PACKED, 8)):
+    for rows, steps in ((PLAIN, 15), (PACKED, 8), (GROUPED, 16)):
         data = train(talks(), words, rows, max_bad_share=1.0)
         batches = take(data, steps)
         reasons = {"truncated", "image_marks", "too_long", "too_many_images", "bad_row"}
@@ -327,6 +386,12 @@ def test_restore_refuses_other_rows(words):
     other = Rows("mistral_instruct", LENGTH + 1, N, IMAGE, images_per_row=2, packing=True, window=32)
     with pytest.raises(DataError, match="packed was"):
         train(talks(), words, other).restore(data.state)
+    grouped = train(talks(), words, GROUPED)
+    take(grouped, 2)
+    with pytest.raises(DataError, match="packed was"):
+        train(talks(), words, dataclasses.replace(GROUPED, lengths=(32, LENGTH))).restore(grouped.state)
+    with pytest.raises(DataError, match="which examples a step holds"):
+        grouped.indices(0)
     with pytest.raises(DataError, match="packed was"):
         train(talks(), words, PLAIN).restore(data.state)
     plain = train(talks(), words, PLAIN)

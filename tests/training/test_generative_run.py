@@ -1,10 +1,12 @@
-"""A whole generative run with packed rows and adapters: killed in the middle it ends as if it never had been."""
+"""Whole generative runs, rows packed or grouped: killed in the middle they end as if they never had been."""
 
+import json
 import shutil
 
 import jax
 import numpy as np
 import pytest
+from PIL import Image
 from training import tiny
 
 from vlmjax import export, hub
@@ -69,3 +71,41 @@ def test_killed_in_the_middle_and_exported(tmp_path):
     attention = moved["language_model"]["layers"]["self_attn"]
     assert attention["q_proj"]["kernel"] and attention["o_proj"]["kernel"]
     assert not any(jax.tree.leaves(moved["vision_model"])) and all(jax.tree.leaves(moved["bridge"]))
+
+
+def conversations(folder, count=96):
+    """Rows of LLaVA's json: long and short ones, with a picture and without."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for i in range(count):
+        said = [
+            {"from": "human", "value": f"{'word ' * (i % 7)}number {i}?"},
+            {"from": "gpt", "value": f"it is {i}"},
+        ]
+        row = {"id": str(i), "conversations": said * (1 + i % 3)}
+        if i % 2:
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(folder / f"{i}.png")
+            row["image"] = f"{i}.png"
+            first = {**said[0], "value": "<image>\n" + said[0]["value"]}
+            row["conversations"] = [first, said[1], *row["conversations"][2:]]
+        rows.append(row)
+    (folder / "talk.json").write_text(json.dumps(rows))
+    return str(folder / "talk.json")
+
+
+def test_rows_grouped_by_length_and_modality(tmp_path):
+    """Every shape is compiled once, and a run that goes on takes the same batches."""
+    data = conversations(tmp_path)
+    changes = CHANGES | {"data__packing": False, "data__lengths": (64, 160), "data__images_per_row": 1}
+    changes |= {"data__train": data, "total__steps": 13, "checkpoint__every__steps": 6, "lora__rank": 0}
+    recipe = tiny.write_recipe(tmp_path, **changes)
+    assert "rows of 64 or 160 tokens" in train(recipe, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    for step in (12, 13):
+        shutil.rmtree(tmp_path / "again" / "checkpoints" / str(step))
+    said = train(recipe, tmp_path / "again")
+    assert "6 to 13 (continued)" in said, said
+    assert len(exact(tmp_path / "whole")) == 13 and exact(tmp_path / "again") == exact(tmp_path / "whole")
+    work = {round(row["model_tflops_per_second"] * row["step_seconds"], 9) for row in tiny.rows(tmp_path / "whole")
+            if "model_tflops_per_second" in row}  # fmt: skip
+    assert len(work) >= 3  # lengths, with and without images

@@ -21,13 +21,13 @@ def time(monkeypatch):
 
 
 def test_rates_over_an_interval(time):
-    clock = Clock(batch_size=32, flops_per_step=5e12)
+    clock = Clock(batch_size=32)
     assert clock.read() == {}
     time.seconds += 50  # compilation
     clock.restart()
     for waited in (0.5, 0.25, 0.25):
         time.seconds += 2.0
-        clock.step(waited)
+        clock.step(waited, 5e12)
     time.seconds += 2.0
     found = clock.read()
     assert found == pytest.approx(
@@ -44,14 +44,12 @@ def test_rates_over_an_interval(time):
 
 def test_mfu_where_the_chip_is_known(time, monkeypatch):
     monkeypatch.setattr(metrics, "peak_flops", lambda device: 1e12)
-    clock = Clock(batch_size=1, flops_per_step=4e12)  # on 8 devices of 1 TFLOP/s
-    clock.step(0.0)
+    clock = Clock(batch_size=1)
+    clock.step(0.0, 4e12)  # on 8 devices of 1 TFLOP/s
     time.seconds += 2.0
     assert clock.read()["mfu"] == pytest.approx(0.25)
-    clock = Clock(
-        batch_size=1, flops_per_step=4e12, dtype="float32"
-    )  # the table has the peaks of bfloat16 alone
-    clock.step(0.0)
+    clock = Clock(batch_size=1, dtype="float32")  # the table has the peaks of bfloat16 alone
+    clock.step(0.0, 4e12)
     time.seconds += 2.0
     assert "mfu" not in clock.read()
 

@@ -103,17 +103,28 @@ def bucket(
         raise DataError(f"a budget of {budget} tokens has no room for {multiple} rows of {edges[-1]}")
     which = np.searchsorted(edges, tokens)
     useless = (tokens <= 0) | (which == len(edges))
-    which[useless] = -1
-    batches, waiting = [], np.zeros(0, np.int64)
-    for number, (edge, size) in enumerate(zip(edges, sizes, strict=True)):
-        waiting = np.sort(np.concatenate([waiting, np.flatnonzero(which == number)]))
-        full = len(waiting) // size * size
-        batches += [Batch(edge, size, waiting[at : at + size]) for at in range(0, full, size)]
-        waiting = waiting[full:]
+    batches, waiting = fill(tokens, np.flatnonzero(~useless), edges, sizes)
     if len(waiting):
         batches.append(_last(tokens, waiting, edges, sizes))
     order = plan.permutation(seed, window, len(batches)) if batches else []
     return Buckets([batches[i] for i in order], np.flatnonzero(useless))
+
+
+def fill(
+    tokens: np.ndarray, examples: np.ndarray, edges: Sequence[int], sizes: Sequence[int]
+) -> tuple[list[Batch], np.ndarray]:
+    """Full batches of some examples, by the smallest edge that holds each, and the examples that fill none.
+
+    What fills no batch of its edge moves up to the next. Arguments as of `bucket`, with the rows of each edge's batch.
+    """
+    which = np.searchsorted(edges, tokens[examples])
+    batches, waiting = [], np.zeros(0, np.int64)
+    for number, (edge, size) in enumerate(zip(edges, sizes, strict=True)):
+        waiting = np.sort(np.concatenate([waiting, examples[which == number]]))
+        full = len(waiting) // size * size
+        batches += [Batch(edge, size, waiting[at : at + size]) for at in range(0, full, size)]
+        waiting = waiting[full:]
+    return batches, waiting
 
 
 def _last(tokens: np.ndarray, waiting: np.ndarray, edges: list[int], sizes: list[int]) -> Batch:

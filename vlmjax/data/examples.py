@@ -53,7 +53,7 @@ class Examples:
         )
         self._pixels = loader.Pixels(cache_decoded, cache_bytes, decode)
 
-    def empty(self, rows: int) -> Batch:
+    def empty(self, rows: int, chunk: plan.Chunk | None = None) -> Batch:
         """A batch of zeros, every row invalid."""
         tokens = self._tokenizer.max_length
         return {

@@ -11,6 +11,7 @@ import numpy as np
 from vlmjax.data import conversation, images, loader, packing, pieces, plan
 from vlmjax.data.captions import CaptionRule
 from vlmjax.data.conversation import Conversation
+from vlmjax.data.grouped import GroupedChunk
 from vlmjax.data.loader import Batch, Done, Failure
 from vlmjax.data.packed import PackedChunk
 from vlmjax.data.record import Record
@@ -42,8 +43,10 @@ class Rows:
         image_token_id: which stands for each of them.
         images_per_row: places for images in a row; rows with fewer leave some empty.
         packing: whether a row may hold several conversations.
-        window: how many are packed together: enough for rows that are nearly full, and few enough that the first
-            batch does not wait long.
+        lengths: that rows of one conversation are padded to, in batches of like length, with images or without; () for
+            all to max_length. The last is max_length.
+        window: how many are packed or grouped together: enough for rows that are nearly full, and few enough that the
+            first batch does not wait long.
         image_first, system: see `conversation.render`.
         blind: every picture is grey, which leaves what can be learned from words alone.
     """
@@ -54,6 +57,7 @@ class Rows:
     image_token_id: int
     images_per_row: int = 1
     packing: bool = False
+    lengths: tuple[int, ...] = ()
     window: int = 1024
     image_first: bool = False
     system: str = ""
@@ -70,7 +74,8 @@ class _Made(NamedTuple):
 class GenerativeExamples:
     """Fills rows of batches of conversations; nothing in it changes from batch to batch.
 
-    A batch is a dict of arrays over this host's rows, the same shapes whatever is in them:
+    A batch is a dict of arrays over this host's rows, the same shapes whatever is in them; only with `Rows.lengths`
+    t is one of these and slots may be 0:
 
         input_ids        int32 [b, t]     conversations, the tokenizer's padding after them
         targets          int32 [b, t]     the token after each one
@@ -116,9 +121,11 @@ class GenerativeExamples:
             keep_alpha=getattr(image_transform, "needs_alpha", False),
         )
 
-    def empty(self, rows: int) -> Batch:
-        """A batch without conversations."""
+    def empty(self, rows: int, chunk: plan.Chunk | None = None) -> Batch:
+        """A batch without conversations, of the shape of `chunk`."""
         tokens, slots = (rows, self.rows.max_length), (rows, self.rows.images_per_row)
+        if isinstance(chunk, GroupedChunk):
+            tokens, slots = (rows, chunk.tokens), (rows, self.rows.images_per_row * chunk.with_images)
         return {
             "input_ids": np.full(tokens, self._pieces.pad_token_id, np.int32),
             "targets": np.full(tokens, self._pieces.pad_token_id, np.int32),
@@ -135,17 +142,17 @@ class GenerativeExamples:
     def fill(self, chunk: plan.Chunk, out: Batch) -> Done:
         """Put the conversations of a chunk into the rows `out`; those that cannot be used leave their place empty."""
         begin, size, cut, failures = time.perf_counter(), 0, 0, []
-        count = len(out["valid"])
-        laid = packing.empty_rows(count, self.rows.max_length, self._pieces.pad_token_id)
+        count, length = out["input_ids"].shape
+        laid = packing.empty_rows(count, length, self._pieces.pad_token_id)
         used = np.zeros(count, np.int64)  # slots of each row
-        for position, index, row, start, length, segment in _places(chunk, self.rows.max_length):
+        for position, index, row, start, room, segment in _places(chunk, length):
             made = loader.guarded(self.source, index, lambda i=index, p=position: self._example(i, p))
             if isinstance(made, Failure):
                 failures.append(made._replace(source=self._part(index)))
                 self._name(out, row, made.key)
                 continue
             encoded = made.encoded
-            packing.lay(laid, row, start, length, segment, encoded.input_ids, encoded.loss_weights)
+            packing.lay(laid, row, start, room, segment, encoded.input_ids, encoded.loss_weights)
             self._place_images(out, row, start, made, int(used[row]))
             used[row] += len(made.pixels)
             out["valid"][row] = True
@@ -155,7 +162,7 @@ class GenerativeExamples:
             out[name][:] = laid[name]
         out["targets"][:, :-1] = laid["input_ids"][:, 1:]
         out["target_weights"][:, :-1] = laid["loss_weights"][:, 1:]
-        after = chunk.after if isinstance(chunk, PackedChunk) else None
+        after = chunk.after if isinstance(chunk, PackedChunk | GroupedChunk) else None
         seconds = time.perf_counter() - begin
         return Done(failures, len(chunk.indices), seconds, size, cut, after)
 

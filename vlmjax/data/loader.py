@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from vlmjax.data import images, packed, plan, windows, workers
+from vlmjax.data import grouped, images, packed, plan, windows, workers
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, key_of
 from vlmjax.errors import BadRecord, DataError
@@ -184,15 +184,15 @@ class Done(NamedTuple):
 class _Buffers:
     """One preallocated batch per step in flight, which the chunks of that step fill side by side."""
 
-    def __init__(self, make: Callable[[], Batch]):
+    def __init__(self, make: Callable[[plan.Chunk], Batch]):
         self._make, self._lock = make, threading.Lock()
         self._open: dict[int, Batch] = {}
 
-    def of(self, step: int) -> Batch:
+    def of(self, chunk: plan.Chunk) -> Batch:
         with self._lock:
-            if step not in self._open:
-                self._open[step] = self._make()
-            return self._open[step]
+            if chunk.step not in self._open:
+                self._open[chunk.step] = self._make(chunk)
+            return self._open[chunk.step]
 
     def take(self, step: int) -> Batch:
         with self._lock:
@@ -204,8 +204,8 @@ class Batches:
 
     def __init__(
         self,
-        chunks: plan.Plan | packed.PackedChunks,
-        make: Callable[[], Batch],
+        chunks: plan.Plan | packed.PackedChunks | grouped.GroupedChunks,
+        make: Callable[[plan.Chunk], Batch],
         work: Callable[[plan.Chunk, Batch], Done],
         threads: int,
         processes: int = 0,
@@ -214,7 +214,7 @@ class Batches:
 
         Args:
             chunks: the plan; its chunks of one step fill one batch.
-            make: makes an empty batch of this host's rows.
+            make: makes an empty batch of this host's rows, of the shape that its chunks say.
             work: fills the rows of its chunk (views into the batch); must not raise.
             threads: that work; 0 for the caller's own.
             processes: that work instead, each with its part of the threads; `make` and `work` are pickled.
@@ -250,7 +250,7 @@ class Batches:
         buffers, per_batch = _Buffers(make), chunks.chunks_per_batch
 
         def run(chunk: plan.Chunk) -> tuple[int, Done]:
-            batch = buffers.of(chunk.step)
+            batch = buffers.of(chunk)
             done = work(chunk, {name: value[chunk.rows] for name, value in batch.items()})
             with self._lock:
                 self._finished += 1

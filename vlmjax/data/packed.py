@@ -52,7 +52,7 @@ class PackedChunks:
         rows: those of this host.
         seed: of the order of the rows.
         window: examples packed together.
-        start_step, place: the first step, and where it begins.
+        start_step, begin: the first step, and where it begins.
         chunk: rows of a chunk.
     """
 
@@ -66,7 +66,7 @@ class PackedChunks:
     window: int
     start_step: int = 0
     chunk: int = 32
-    place: Place = BEGINNING
+    begin: Place = BEGINNING
 
     def __post_init__(self):
         """Nothing is packed yet."""
@@ -87,7 +87,7 @@ class PackedChunks:
             seed=self.seed,
             counts=lambda positions: measured(positions, 1),
             max_count=self.max_count,
-            start=self.place,
+            start=self.begin,
         )
         object.__setattr__(self, "packed", packed)
 
@@ -103,6 +103,10 @@ class PackedChunks:
     def chunks_per_batch(self) -> int:
         """How many chunks make this host's part of one batch."""
         return -(-len(self.rows) // self.chunk)
+
+    def place(self, step: int) -> Place:
+        """Where a step begins, to be saved with it."""
+        return self.packed.place(step)
 
     def __len__(self) -> int:
         """Endless for every purpose; a sequence has to have a length."""
@@ -124,5 +128,5 @@ class PackedChunks:
             placed.start,
             placed.length,
             placed.segment,
-            self.packed.place(step + 1) if part + 1 == self.chunks_per_batch else None,
+            self.place(step + 1) if part + 1 == self.chunks_per_batch else None,
         )

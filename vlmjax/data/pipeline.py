@@ -13,6 +13,7 @@ from vlmjax.data import images, loader, mixture, plan
 from vlmjax.data.captions import Text
 from vlmjax.data.examples import Examples
 from vlmjax.data.generative import GenerativeExamples, Rows
+from vlmjax.data.grouped import GroupedChunks
 from vlmjax.data.loader import Batch, SkipCounter
 from vlmjax.data.mixture import Mixture
 from vlmjax.data.packed import PackedChunks
@@ -62,7 +63,8 @@ class TrainData:
     attention_mask int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot
     be used leaves a row of zero pixels with the empty text and valid False. With `generative`, rows hold
     conversations: see `generative.GenerativeExamples`. Where they are packed, a row of step s is one of the rows that
-    windows of examples were packed into, in their order, and "the example at g" counts through the windows.
+    windows of examples were packed into, in their order, and "the example at g" counts through the windows; where they
+    are grouped by length, likewise with batches for rows, whose shapes differ.
 
     Attributes:
         step: the step of the next batch.
@@ -153,8 +155,9 @@ class TrainData:
             self._examples = GenerativeExamples(
                 self.source, image_transform, tokenizer, generative, **settings
             )
-        self._packing = generative if generative is not None and generative.packing else None
-        # Where `step` begins, of packed rows; not known when a run is begun late, then it is added up.
+        windowed = generative is not None and (generative.packing or generative.lengths)
+        self._windowed = generative if windowed else None  # what batches are made of windows of examples
+        # Where `step` begins, of such batches; not known when a run is begun late, then it is added up.
         self._place = BEGINNING if start_step == 0 else None
         self._batches: loader.Batches | None = None
         self._work, self._asked = _Work(), start_step
@@ -180,36 +183,32 @@ class TrainData:
         self.skips.add(done.records, done.failures)
         return batch
 
-    def _plan(self) -> plan.Plan | PackedChunks:
-        if self._packing is None:
+    def _plan(self) -> plan.Plan | PackedChunks | GroupedChunks:
+        if self._windowed is None:
             return plan.Plan(self.mixture, self.batch_size, self._rows, self.step, self._chunk)
-        return PackedChunks(
-            self.mixture,
-            self._examples.measure,
-            self._packing.max_length,
-            self._packing.images_per_row,
-            self.batch_size,
-            self._rows,
-            self.seed,
-            self._packing.window,
-            self.step,
-            self._chunk,
-            self._place or BEGINNING,
-        )
+        return self._windowed_plan(self._windowed)
+
+    def _windowed_plan(self, rows: Rows) -> PackedChunks | GroupedChunks:
+        where = (self.step, self._chunk, self._place or BEGINNING)
+        host = (self.batch_size, self._rows, self.seed, rows.window)
+        given = (self.mixture, self._examples.measure)
+        if rows.packing:
+            return PackedChunks(*given, rows.max_length, rows.images_per_row, *host, *where)
+        return GroupedChunks(*given, rows.lengths, *host, *where)
 
     def _begins(self) -> Place:
-        """Where the next step begins, of packed rows."""
+        """Where the next step begins, of packed or grouped rows."""
         if self._place is None:
-            self._place = self._plan().packed.place(self.step)
+            self._place = self._plan().place(self.step)
         return self._place
 
     def _prepare(self) -> None:
         """Tell a source of remote shards which examples come next, some batches ahead."""
         if not self._far or self.step < self._asked:
             return
-        if self._packing is not None:  # windows are read whole, for their lengths
-            first = self._begins().window * self._packing.window
-            positions = np.arange(first, first + 2 * self._packing.window, dtype=np.int64)
+        if self._windowed is not None:  # windows are read whole, for their lengths
+            first = self._begins().window * self._windowed.window
+            positions = np.arange(first, first + 2 * self._windowed.window, dtype=np.int64)
         else:
             steps = np.arange(self.step, self.step + _LOOK_AHEAD, dtype=np.int64)
             rows = np.arange(self._rows.start, self._rows.stop, dtype=np.int64)
@@ -224,11 +223,11 @@ class TrainData:
         A step before this mixture began counts as its first one.
 
         Raises:
-            DataError: rows are packed, so that each holds several.
+            DataError: rows are packed or grouped, so that steps do not follow the mixture.
         """
-        if self._packing is not None:
+        if self._windowed is not None:
             raise DataError(
-                "rows are packed: each holds several examples, and their order is not that of steps"
+                "rows are packed or grouped: which examples a step holds is known once it is made"
             )
         return self._plan().indices(max(step, -(-self.mixture.start // self.batch_size)))
 
@@ -260,13 +259,14 @@ class TrainData:
             "mixture": self.mixture.state(),
             "images": images.backend(),
         }
-        if self._packing is not None:
+        if self._windowed is not None:
             out["packed"] = {"place": list(self._begins()), **self._packed_by()}
         return out
 
-    def _packed_by(self) -> dict[str, int]:
-        """What packing depends on, but for the data: the same rows come only of the same numbers."""
-        return {name: getattr(self._packing, name) for name in ("max_length", "images_per_row", "window")}
+    def _packed_by(self) -> dict[str, Any]:
+        """What packing or grouping depends on, but for the data: the same rows come only of the same numbers."""
+        out = {name: getattr(self._windowed, name) for name in ("max_length", "images_per_row", "window")}
+        return out if self._windowed.packing else {**out, "lengths": list(self._windowed.lengths)}
 
     def restore(self, state: dict[str, Any], *, accept: bool = False) -> None:
         """Go on from a saved state, on any number of hosts, threads and processes.
@@ -288,7 +288,7 @@ class TrainData:
             )
         was = {"packed": None, **state}
         now = {"seed": self.seed, "batch_size": self.batch_size, "packed": None, "images": images.backend()}
-        if self._packing is not None:
+        if self._windowed is not None:
             now["packed"] = {"place": (was["packed"] or {}).get("place"), **self._packed_by()}
         changed = [
             f"{name} was {was[name]!r} and is {now[name]!r}"
@@ -334,7 +334,7 @@ class TrainData:
             return saved.followed_by(self.mixture.parts, step * self.batch_size), None
         # A window is packed of one mixture: what is left of the one under way is given up.
         window = place.window + (place.unit > 0)
-        return saved.followed_by(self.mixture.parts, window * self._packing.window), Place(step, window, 0)
+        return saved.followed_by(self.mixture.parts, window * self._windowed.window), Place(step, window, 0)
 
     def close(self) -> None:
         """Stop decoding ahead; the next batch starts it again."""

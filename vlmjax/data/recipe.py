@@ -19,6 +19,8 @@ from vlmjax.errors import DataError, HubError, RecipeError
 
 # Captions read to train a "bpe:N" tokenizer; more change its merges little.
 BPE_CAPTIONS = 20_000
+# Batches of a window of grouped rows: with few of them, the last one, which is not full, would count.
+_GROUPED = 16
 SMALLEST_BPE = 514  # 2 x 256 bytes and two special tokens
 
 
@@ -173,6 +175,8 @@ def generative_rows(
         number,
         images_per_row=data.images_per_row,
         packing=data.packing,
+        lengths=tuple(data.lengths),
+        window=max(Rows.window, _GROUPED * recipe.batch_size if data.lengths else 0),
         image_first=data.conversation.image_first,
         system=data.conversation.system,
         blind=data.blind,

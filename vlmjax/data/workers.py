@@ -46,14 +46,16 @@ class Finished:
 class WholeBatch:
     """One item of a worker process: a batch of this host, numbers apart from what has to be pickled."""
 
-    def __init__(self, make: Callable[[], Any], work: Callable[[plan.Chunk, Any], Any], finished: str):
+    def __init__(
+        self, make: Callable[[plan.Chunk], Any], work: Callable[[plan.Chunk, Any], Any], finished: str
+    ):
         """`finished` is the path of a `Finished`."""
         self._make, self._work, self._path = make, work, finished
         self._file, self._count = -1, 0
 
     def __call__(self, chunk: plan.Chunk) -> tuple[Any, bytes]:
         """The arrays of the chunk's batch, and its step, keys and report, pickled."""
-        batch = self._make()
+        batch = self._make(chunk)
         done = self._work(chunk, batch)
         keys = batch.pop("key").tolist()
         self._note()

@@ -95,7 +95,8 @@ class Vlm(nn.Module):
 
         Args:
           input_ids: with `config.image_tokens` placeholders for each image.
-          pixel_values: normalised images. Slots that no placeholder asks for are computed and not looked at.
+          pixel_values: normalised images; None, or no slots, where rows are words alone. Slots that no placeholder
+            asks for are computed and not looked at.
           image_index: which of the row's features, laid end to end, each token becomes; -1 for a word. By default the
             n-th placeholder becomes the n-th one.
 
@@ -104,9 +105,9 @@ class Vlm(nn.Module):
         """
         ids = jnp.asarray(input_ids)
         words = self.language_model.embed(ids)
-        if pixel_values is None:
+        batch, slots = (0, 0) if pixel_values is None else pixel_values.shape[:2]
+        if slots == 0:
             return words
-        batch, slots = pixel_values.shape[:2]
         features = self.image_features(pixel_values.reshape(batch * slots, *pixel_values.shape[2:]))
         features = features.reshape(batch, slots * features.shape[1], features.shape[2])
         if image_index is None:

@@ -91,7 +91,7 @@ def train_subject(recipe: Config, devices: Sequence[Any], title: str, examples: 
         mesh=mesh,
         batch_size=recipe.batch_size,
         unit=batch_shards(mesh) * recipe.micro_batches,
-        flops=program.stage.train_flops(recipe.batch_size, params),
+        flops=program.stage.train_flops(program.batch, params),
         formula=STEP_FORMULA,
         parameters=count(params) + count(program.state.frozen),
         trainable=count(params),

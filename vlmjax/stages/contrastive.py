@@ -81,11 +81,11 @@ class Contrastive(Stage):
             "valid": ((), jnp.bool_),
         }
 
-    def train_flops(self, batch_size: int, trained: Params) -> int:
+    def train_flops(self, batch: Batch, trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
         towers = {"image": "vision_model", "text": "text_model"}
         locked = [tower for tower, group in towers.items() if group not in trained]
-        return flops.train_flops(self.model.config, batch_size, locked=locked)
+        return flops.train_flops(self.model.config, batch["valid"].shape[0], locked=locked)
 
     def with_own_params(self, params: Params) -> Params:
         """The model's parameters and, for the sigmoid, the bias of its logits: an imported one, or as it starts."""

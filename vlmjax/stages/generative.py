@@ -1,7 +1,7 @@
 """Generative training: the next tokens of answers, for every model that ends in a language model."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -40,7 +40,8 @@ class Generative(Stage):
         self.frozen = self.lora.targets if self.lora.rank else ()
         self.length, self.slots = recipe.data.max_length, recipe.data.images_per_row
         self.frozen_dtype = model.config.text.dtype
-        self.model = _with_attention(model, recipe.model.attention, mesh, self.length)
+        self.lengths = tuple(recipe.data.lengths) or (self.length,)
+        self.model = _with_attention(model, recipe.model.attention, mesh, self.lengths)
         rows = recipe.batch_size // recipe.micro_batches
         if rows % batch_shards(mesh):
             raise RecipeError(
@@ -51,7 +52,8 @@ class Generative(Stage):
         """One line for the start of a run."""
         more = f", z-loss {self.z_loss:g}" if self.z_loss else ""
         rank = f"; adapters of rank {self.lora.rank}" if self.lora.rank else ""
-        rows = f"rows of {self.length} tokens, {self.slots} image(s)"
+        of = " or ".join(map(str, self.lengths))
+        rows = f"rows of {of} tokens, {self.slots} image(s)"
         attention = f"attention by {self.model.config.text.attention}"
         return f"cross-entropy of next tokens, in chunks{more}; {rows}; {attention}{rank}"
 
@@ -66,7 +68,7 @@ class Generative(Stage):
         return placement(rules, params)
 
     def batch_shapes(self) -> Shapes:
-        """Arrays of data/generative.py."""
+        """Arrays of data/generative.py, where rows are grouped those of the largest batch."""
         tokens, image = (self.length,), self.model.config.image.image_shape
         return {
             "input_ids": (tokens, jnp.int32),
@@ -80,13 +82,13 @@ class Generative(Stage):
             "valid": ((), jnp.bool_),
         }
 
-    def train_flops(self, batch_size: int, trained: Params) -> int:
+    def train_flops(self, batch: Batch, trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
         return flops.vlm_train_flops(
             self.model.config,
-            batch_size,
-            length=self.length,
-            slots=self.slots,
+            batch["valid"].shape[0],
+            length=batch["input_ids"].shape[1],
+            slots=batch["pixel_values"].shape[1],
             trained=tuple(trained),
             adapted=sizes(trained.get("lora", {})),
         )
@@ -127,13 +129,15 @@ class Generative(Stage):
         return batch["target_weights"].sum()
 
 
-def _with_attention(model: nn.Module, name: str, mesh: Mesh, tokens: int) -> nn.Module:
+def _with_attention(model: nn.Module, name: str, mesh: Mesh, lengths: Sequence[int]) -> nn.Module:
     """The model whose language model attends by a kernel, the one that suits the mesh's devices unless named."""
     words = model.config.text
     if name == "auto":
         name = choose_attention(
             mesh,
-            tokens=tokens,
+            tokens=max(
+                lengths, key=lambda length: (length % 2, length)
+            ),  # no kernel for one, no kernel for all
             heads=words.heads,
             kv_heads=words.kv_heads,
             head_dim=words.head_dim,

@@ -55,8 +55,11 @@ class Stage:
         """Shape of a row and dtype of every array of a batch."""
         raise NotImplementedError
 
-    def train_flops(self, batch_size: int, trained: Params) -> int:
-        """Model FLOPs of a step of which only `trained`, by its top-level groups, gets a gradient."""
+    def train_flops(self, batch: Batch, trained: Params) -> int:
+        """Model FLOPs of a step on a batch, of which only `trained`, by its top-level groups, gets a gradient.
+
+        Shapes are all that counts of `batch`.
+        """
         raise NotImplementedError
 
     def total_weight(self, batch: Batch) -> Array:

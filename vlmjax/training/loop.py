@@ -106,15 +106,14 @@ class Run:
         self.log = MetricsLog(folder, self.start)
         self.attempts = Attempts(folder, phases, self.start)
         self.hosts = Hosts(folder, phases)
-        work = self.program.stage.train_flops(recipe.batch_size, self.state.params)
-        self.clock = Clock(recipe.batch_size, work, self.model.config.image.dtype)
+        self.clock = Clock(recipe.batch_size, self.model.config.image.dtype)
         self.bar = ProgressBar(self.start, lengths.total, self.first, self.program.stage.unit)
         begin = min(self.start + 3, lengths.total)
         self.trace = Trace(folder, first=begin, steps=3 if profile else 0)
         spikes = Spikes(folder, recipe.spikes, **saved.get("spikes", {}))
         self.steps = StartedSteps(folder, recipe.nonfinite_limit, spikes, **saved.get("updates", {}))
         self.results: dict[str, float] = {}
-        self.compiled: Callable | None = None
+        self.compiled: dict[tuple, Callable] = {}  # one for each shape that batches have
         self.save_due = False
         self.stop = StopRequest()
 
@@ -157,17 +156,19 @@ class Run:
         self.phases.enter("data")
         asked = time.perf_counter()
         batch = next(self.data)
-        self.clock.step(time.perf_counter() - asked)
+        waited = time.perf_counter() - asked
         keys = batch.pop("key")
         batch = to_global(batch, self.mesh, self.recipe.batch_size)
-        first = self.compiled is None
+        self.clock.step(waited, self.program.stage.train_flops(batch, self.state.params))
+        shape = tuple(value.shape for value in batch.values())
+        first = shape not in self.compiled
         if first:
             self.phases.enter("compile")
-            self.compiled = compiled(self.program, self.state, batch)
+            self.compiled[shape] = compiled(self.program, self.state, batch)
         self.trace.before(self.step)
         self.phases.enter("step")
         with jax.transfer_guard("disallow"):
-            self.state, metrics = self.compiled(self.state, batch)
+            self.state, metrics = self.compiled[shape](self.state, batch)
         self.trace.after(self.step, metrics)
         self.checkpoints.check()
         self.steps.started(self.step, metrics, keys)

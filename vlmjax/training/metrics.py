@@ -39,24 +39,25 @@ def peak_flops(device: Any) -> float | None:
 class Clock:
     """Rates over the steps since the last line: images/s, step time, share of it spent waiting for data."""
 
-    def __init__(self, batch_size: int, flops_per_step: float, dtype: str = "bfloat16"):
-        """`flops_per_step` are model FLOPs of the whole batch, forward and backward, without recomputation.
-
-        MFU is only given for computation in bfloat16, whose peak is known.
-        """
-        self.batch_size, self.flops = batch_size, flops_per_step
+    def __init__(self, batch_size: int, dtype: str = "bfloat16"):
+        """MFU is only given for computation in bfloat16, whose peak is known."""
+        self.batch_size = batch_size
         peak = peak_flops(jax.devices()[0]) if dtype == "bfloat16" else None
         self.peak = peak * jax.device_count() if peak else None
         self.restart()
 
     def restart(self) -> None:
         """Begin an interval now; called after pauses that are not training (compilation, evaluation)."""
-        self._start, self._wait, self._steps = time.perf_counter(), 0.0, 0
+        self._start, self._wait, self._steps, self._flops = time.perf_counter(), 0.0, 0, 0.0
 
-    def step(self, waited: float) -> None:
-        """Count one step whose batch took `waited` seconds to arrive."""
+    def step(self, waited: float, flops: float) -> None:
+        """Count one step whose batch took `waited` seconds to arrive.
+
+        `flops` are its model FLOPs over the whole batch, forward and backward, without recomputation.
+        """
         self._wait += waited
         self._steps += 1
+        self._flops += flops
 
     @property
     def seconds(self) -> float:
@@ -72,10 +73,10 @@ class Clock:
             "images_per_second": self.batch_size * self._steps / seconds,
             "step_seconds": seconds / self._steps,
             "data_wait_share": self._wait / seconds,
-            "model_tflops_per_second": self.flops * self._steps / seconds / 1e12,
+            "model_tflops_per_second": self._flops / seconds / 1e12,
         }
         if self.peak:
-            rates["mfu"] = self.flops * self._steps / seconds / self.peak
+            rates["mfu"] = self._flops / seconds / self.peak
         return rates
 
 

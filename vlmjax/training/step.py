@@ -99,8 +99,10 @@ def _keys(stage: Any, state: TrainState, batch: Mapping) -> dict:
 def _to_micro(x: jax.Array, n: int, mesh: Mesh) -> jax.Array:
     """[batch, ...] -> [n, batch / n, ...], each micro-batch taking the same share of every device's own rows."""
     shards = mesh.shape[BATCH_AXES[0]] * mesh.shape[BATCH_AXES[1]]
-    x = x.reshape(shards, n, -1, *x.shape[1:])
-    x = jnp.moveaxis(x, 1, 0).reshape(n, -1, *x.shape[3:])
+    # No size is left to be worked out: rows without a place for images have arrays of no elements.
+    rows = x.shape[0] // n
+    x = x.reshape(shards, n, rows // shards, *x.shape[1:])
+    x = jnp.moveaxis(x, 1, 0).reshape(n, rows, *x.shape[3:])
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(None, BATCH_AXES)))
 
 
