@@ -19,11 +19,12 @@ def get_config(arg: str = "") -> Config:
     c.mesh.fsdp = 8  # the script spreads parameters and moments over its 8 devices too (ZeRO-3)
 
     c.data.train = "llava_v1_5_mix665k.json"  # the folders of images lie beside it
-    # The square in the middle; the script pads the picture to a square instead (image_aspect_ratio pad)
+    c.data.pad_to_square = True  # image_aspect_ratio pad: no part of a picture is cut off
     c.data.augment = augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
     c.data.conversation.template = "v1"
     c.data.conversation.image_first = True  # llava/train/train.py, preprocess_multimodal
     c.data.max_length = 2048  # 576 of them the picture
+    c.data.lengths = (704, 1024, 1536, 2048)  # group_by_modality_length; the steps between are our own
     c.batch_size = 128  # global; 8 devices x 16
     c.total = duration(epochs=1)
 

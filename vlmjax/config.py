@@ -243,6 +243,9 @@ def recipe() -> Config:
     c.data.templates = ()  # sentences around the caption, one drawn each time: "a photo of {caption}"
     c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions
     c.data.background = (255, 255, 255)  # what shows through transparent pixels, RGB
+    c.data.pad_to_square = (
+        False  # before anything else, in the mean colour, so that no crop has to cut (LLaVA-1.5)
+    )
     c.data.mean = (0.48145466, 0.4578275, 0.40821073)  # of OpenAI's CLIP preprocessing
     c.data.std = (0.26862954, 0.26130258, 0.27577711)
     c.data.augment = augmentation()  # see vlmjax/data/augment.py

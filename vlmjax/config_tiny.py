@@ -56,6 +56,7 @@ def _tiny_generative(c: Config) -> Config:
     c.data.train = "scenes:train:questions"
     c.data.conversation.system = c.data.conversation.system or "Answer in a few words."
     c.data.max_length = 192  # four rounds
+    c.data.lengths = (96, 192) if c.data.lengths else ()
     questions = {"benchmark": "vqa", "data": "scenes:heldout:questions", "examples": 128}
     c.evals = Config({"vqa": evaluation(**questions), "blind": evaluation(**questions, blind=True)})
     return c

@@ -225,10 +225,13 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("settings", ["clip", "small", "crop_larger", "square", "no_crop", "lanczos"])
+@pytest.mark.parametrize(
+    "settings", ["clip", "small", "crop_larger", "square", "no_crop", "lanczos", "padded"]
+)
 def test_eval_transform_equals_transformers(shape, settings):
     transformers = pytest.importorskip("transformers")
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+    from transformers.models.llava.image_processing_pil_llava import LlavaImageProcessorPil
 
     assert transformers
     transform = {
@@ -238,10 +241,12 @@ def test_eval_transform_equals_transformers(shape, settings):
         "square": images.EvalTransform((30, 50), None),
         "no_crop": images.EvalTransform(20, None),
         "lanczos": images.EvalTransform(48, (31, 45), resample=1),
+        "padded": images.EvalTransform(28, (28, 28), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), pad=True),
     }[settings]
     pixels = picture(5, *shape)
     config = transform.to_hf()
-    hf = CLIPImageProcessorPil(**{k: v for k, v in config.items() if k != "image_processor_type"})
+    processor = LlavaImageProcessorPil if transform.pad else CLIPImageProcessorPil
+    hf = processor(**{k: v for k, v in config.items() if k != "image_processor_type"})
     expected = hf(Image.fromarray(pixels), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     out = transform(pixels)
     assert out.dtype == np.uint8 and transform.output_size in (None, out.shape[:2])
@@ -265,6 +270,7 @@ def test_preprocessor_config_both_ways():
         images.EvalTransform(),
         images.EvalTransform((64, 48), None),
         images.EvalTransform(40, (32, 36)),
+        images.EvalTransform(40, (40, 40), pad=True),
     ):
         assert images.EvalTransform.from_hf(transform.to_hf()) == transform
     old = {"size": 224, "crop_size": 224, "do_normalize": True, "resample": 3}
@@ -275,6 +281,8 @@ def test_preprocessor_config_both_ways():
     assert plain.output_size == (16, 16) and plain.std == (1.0, 1.0, 1.0)
     with pytest.raises(DataError, match="longest_edge"):
         images.EvalTransform.from_hf({"size": {"longest_edge": 3}})
+    with pytest.raises(DataError, match="only LlavaImageProcessor's"):
+        images.EvalTransform.from_hf({"do_pad": True, "image_processor_type": "Idefics2ImageProcessor"})
     with pytest.raises(DataError, match="do_resize"):
         images.EvalTransform.from_hf({"do_resize": False})
 
@@ -283,3 +291,16 @@ def test_shrink():
     assert images.shrink(picture(0, 40, 80), 20).shape == (20, 40, 3)
     assert images.shrink(picture(0, 40, 80), 41).shape == (40, 80, 3)
     assert images.shrink(picture(0, 3, 900), 1).shape == (1, 300, 3)
+
+
+def test_squares():
+    wide = picture(1, 5, 9)
+    out = images.squared(wide, (0.5, 0.25, 1.0))
+    assert out.shape == (9, 9, 3) and (out[2:7] == wide).all()
+    assert (out[:2] == (127, 63, 255)).all() and (out[7:] == (127, 63, 255)).all()
+    tall = np.dstack([picture(2, 8, 3), np.full((8, 3), 7, np.uint8)])
+    out = images.squared(tall, (0.0, 0.0, 0.0))
+    assert out.shape == (8, 8, 4) and (out[:, 2:5] == tall).all() and (out[:, :2] == (0, 0, 0, 255)).all()
+    assert images.squared(out, (0.0, 0.0, 0.0)) is out
+    with pytest.raises(BadRecord, match="too_long"):
+        images.squared(np.zeros((1, 60_000, 3), np.uint8), (0.0, 0.0, 0.0))

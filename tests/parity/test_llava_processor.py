@@ -181,3 +181,17 @@ def test_another_models_image_token_is_refused(made, tmp_path):
     with pytest.raises(HubError, match="the model takes images at id 7"):
         hub.save(other, params, tmp_path / "x", tokenizer=tokenizer, form=Form("v1"))
     assert not (tmp_path / "x").exists()
+
+
+def test_pictures_made_squares_are_those_of_transformers(made, tmp_path):
+    """A processor of LLaVA's own class, which AutoProcessor finds."""
+    model, params, tokenizer = made
+    squares = EvalTransform(28, (28, 28), pad=True)
+    hub.save(model, params, tmp_path, tokenizer=tokenizer, image_processor=squares, form=Form("v1"))
+    processor = transformers.AutoProcessor.from_pretrained(tmp_path)
+    assert "Llava" in type(processor.image_processor).__name__
+    found = processor(text="<image>", images=[picture()], return_tensors="np")["pixel_values"]
+    mine = squares.normalize(squares(picture()))[None].transpose(0, 3, 1, 2)
+    assert np.abs(found - mine).max() < 1.01 / 255 / 0.25
+    assert np.abs(mine[0, :, 0]).max() < 0.02 < np.abs(SIZE.normalize(SIZE(picture()))[0]).max()
+    assert hub.load_processor(tmp_path)[1] == squares

@@ -3,7 +3,7 @@
 import dataclasses
 import difflib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,15 +126,16 @@ class TrainTransform:
         recipe: Mapping[str, Any] | Augmentation | None = None,
         *,
         background: tuple[int, int, int] = (255, 255, 255),
+        pad: Sequence[float] | None = None,
     ):
-        """`size` is (height, width) or one number; `recipe` as Augmentation's attributes.
+        """`size` is (height, width) or one number; `recipe` as Augmentation's attributes; `pad` of `images.squared`.
 
         Raises:
             RecipeError: see `Augmentation.from_recipe`.
         """
         self.size = (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
         self.recipe = Augmentation.from_recipe(recipe)
-        self.background = background
+        self.background, self._pad = background, pad
         self._policy = randaugment.parse(self.recipe.policy)
 
     @property
@@ -150,6 +151,8 @@ class TrainTransform:
     def __call__(self, image: np.ndarray | images.Jpeg, rng: np.random.Generator) -> np.ndarray:
         """One augmented image; equal pixels, or equal files, and an equal generator give equal bytes."""
         r = self.recipe
+        if self._pad is not None:
+            image = images.squared(np.asarray(image), self._pad)
         box = random_box(image.shape[:2], rng, r.crop_scale, r.crop_ratio)
         mirror = bool(r.flip and rng.random() < r.flip)
         pixels = images.take(image, box, self.size, mirror)

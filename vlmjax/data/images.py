@@ -1,7 +1,7 @@
 """Images as the rest of the room uses them: decoding and resizing by name, and the preprocessing of evaluation."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +10,7 @@ from vlmjax.data.pictures import decode as _decoding
 from vlmjax.data.pictures import resize as _resizing
 from vlmjax.data.pictures.decode import MAX_PIXELS, Jpeg, composite, decode, open_image
 from vlmjax.data.pictures.resize import resize
-from vlmjax.errors import DataError
+from vlmjax.errors import BadRecord, DataError
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -59,6 +59,7 @@ class EvalTransform:
         mean, std: per channel, of values in [0, 1].
         resample: Pillow's number of the resize kernel, 3 is bicubic.
         background: what shows through transparent pixels, RGB. Hugging Face's files have no place for it.
+        pad: make every image a square first, see `squared`: as LLaVA-1.5 does, so that nothing is cut off.
     """
 
     takes_jpegs: ClassVar[bool] = True  # as augment.TrainTransform does; here they are decoded whole
@@ -68,6 +69,7 @@ class EvalTransform:
     std: tuple[float, float, float] = CLIP_STD
     resample: int = 3
     background: tuple[int, int, int] = (255, 255, 255)
+    pad: bool = False
 
     @property
     def output_size(self) -> tuple[int, int] | None:
@@ -77,6 +79,7 @@ class EvalTransform:
     def __call__(self, image: np.ndarray | Jpeg, rng: np.random.Generator | None = None) -> np.ndarray:
         """uint8 [h, w, 3], or a `Jpeg`, -> uint8 crop. `rng` is not used: evaluation has no randomness."""
         pixels = np.asarray(image)
+        pixels = squared(pixels, self.mean) if self.pad else pixels
         height, width = self._resized(*pixels.shape[:2])
         if self.crop is None:
             return resize(pixels, (height, width), None, self.resample, exact=True)
@@ -109,8 +112,11 @@ class EvalTransform:
         size = self.size
         edge = {"height": size[0], "width": size[1]} if isinstance(size, tuple) else {"shortest_edge": size}
         crop = self.crop or (self.size if isinstance(self.size, tuple) else (self.size, self.size))
+        kind = {"image_processor_type": "CLIPImageProcessor"}
+        if self.pad:
+            kind = {"image_processor_type": "LlavaImageProcessor", "do_pad": True}
         return {
-            "image_processor_type": "CLIPImageProcessor",
+            **kind,
             "do_convert_rgb": True,
             "do_resize": True,
             "size": edge,
@@ -143,7 +149,36 @@ class EvalTransform:
         plain = not config.get("do_normalize", True)
         mean = (0.0, 0.0, 0.0) if plain else tuple(config.get("image_mean", CLIP_MEAN))
         std = (1.0, 1.0, 1.0) if plain else tuple(config.get("image_std", CLIP_STD))
-        return cls(size, crop, mean, std, int(config.get("resample", 3)))
+        pad = bool(config.get("do_pad", False))
+        if pad and not str(config.get("image_processor_type", "")).startswith("LlavaImageProcessor"):
+            raise DataError(
+                f"preprocessor_config.json: do_pad of {config.get('image_processor_type')!r} is not supported, only "
+                "LlavaImageProcessor's, which makes squares"
+            )
+        return cls(size, crop, mean, std, int(config.get("resample", 3)), pad=pad)
+
+
+def squared(pixels: np.ndarray, colour: Sequence[float]) -> np.ndarray:
+    """An image in the middle of a square of its longer side (LLaVA-1.5, 2310.03744, section 3.2; expand2square there).
+
+    Args:
+        pixels: uint8 [h, w, 3 or 4].
+        colour: of the rest, in [0, 1]: the mean, which normalisation makes nearly 0. Rounded down; opaque.
+
+    Raises:
+        BadRecord: a strip so long that its square would be too large.
+    """
+    height, width = pixels.shape[:2]
+    if height == width:
+        return pixels
+    side = max(height, width)
+    if side * side > MAX_PIXELS:
+        raise BadRecord("too_long", "", f"{width} x {height} pixels cannot be padded to a square")
+    out = np.full((side, side, pixels.shape[2]), 255, np.uint8)
+    out[..., :3] = [int(value * 255) for value in colour]
+    top, left = (side - height) // 2, (side - width) // 2
+    out[top : top + height, left : left + width] = pixels
+    return out
 
 
 def _size_of(value: Any) -> int | tuple[int, int]:

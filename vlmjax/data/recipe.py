@@ -152,7 +152,8 @@ def train_data(
         with naming("data.conversation.template"):
             Pieces(tokenizer).template(data.conversation.template)
         settings["generative"] = generative_rows(recipe, tokenizer, image_size, image_tokens)
-    transform = TrainTransform(image_size, data.augment.to_dict(), background=background)
+    pad = tuple(data.mean) if data.pad_to_square else None
+    transform = TrainTransform(image_size, data.augment.to_dict(), background=background, pad=pad)
     return TrainData(sources, transform, tokenizer, **settings | options)
 
 

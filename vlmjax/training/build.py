@@ -74,13 +74,17 @@ def _tokenizer_of(workdir: Workdir) -> str:
 
 
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
-    """The deterministic preprocessing of evaluation and export: shorter side to the image size, centre crop."""
+    """The deterministic preprocessing of evaluation and export: shorter side to the image size, centre crop.
+
+    With `data.pad_to_square` the image is made a square before, so that all of it is seen.
+    """
     return EvalTransform(
         min(image_size),
         image_size,
         mean=tuple(recipe.data.mean),
         std=tuple(recipe.data.std),
         background=tuple(recipe.data.background),
+        pad=recipe.data.pad_to_square,
     )
 
 
