@@ -15,6 +15,7 @@ COMMANDS = {
     "data.index": "index shards           shards/*.tar",
     "data.convert": "write shards           pairs.jsonl --out=shards",
     "hub.llama2c": "llama2.c's models to HF  stories260K.bin tok512.bin runs/stories",
+    "evals.caption": "score captions as COCO does  REFERENCES.json RESULTS.json",
     "data.bench": "time the pipeline      scenes --image_size=64",
 }
 
