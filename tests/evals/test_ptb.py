@@ -66,6 +66,10 @@ def test_goldens(shared_path):
 def test_a_line_break_is_a_space(line_break):
     assert ptb.tokenize(f"a dog{line_break}runs{line_break}{line_break}.{line_break}") == "a dog runs"
     assert ptb.tokenize(line_break) == ""
+    # Where what is read depends on what comes after.
+    for text in ("plan b.|The end", "no.|5", "<a|b>", "1|1/2", "etc.|."):
+        spaces = text.replace("|", " " * len(line_break))
+        assert ptb.tokenize(text.replace("|", line_break)) == ptb.tokenize(spaces)
 
 
 def test_any_text_is_one_line_in_lower_case():

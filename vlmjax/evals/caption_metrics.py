@@ -108,7 +108,7 @@ def cider(references: Sequence[Sequence[str]], captions: Sequence[str]) -> Metri
     """CIDEr-D (Vedantam et al. 2015, section 4 and appendix), 0 to 10.
 
     How common an n-gram is is counted in the very references given: scores of a part of a set are not comparable with
-    the whole set's, and those of a single image are 0. As in COCO's code, the length is the number of word pairs.
+    the whole set's, and those of a single image are 0.
 
     Arguments are those of `bleu`.
     """
@@ -120,12 +120,12 @@ def cider(references: Sequence[Sequence[str]], captions: Sequence[str]) -> Metri
     rarity = {gram: everything - math.log(count) for gram, count in images_with.items()}
 
     def weigh(counts: Counter) -> tuple[list[dict[tuple, float]], np.ndarray, int]:
-        """Weights of a caption's n-grams by n, the lengths of these vectors, the number of word pairs."""
+        """Weights of a caption's n-grams by n, the lengths of these vectors, how many words it has."""
         weights: list[dict[tuple, float]] = [{} for _ in range(LONGEST)]
         for gram, count in counts.items():
             weights[len(gram) - 1][gram] = count * rarity.get(gram, everything)
         norms = np.array([math.sqrt(sum(weight**2 for weight in own.values())) for own in weights])
-        return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 2)
+        return weights, norms, sum(count for gram, count in counts.items() if len(gram) == 1)
 
     each = []
     for own, caption in zip(grams, captions, strict=True):
@@ -141,7 +141,7 @@ def _all_ngrams(caption: str) -> Counter:
 
 def _similarity(written: tuple, reference: tuple) -> float:
     """Mean over n of the cosine, with weights clipped to the reference's, times the penalty for another length."""
-    (own, norms, pairs), (others, other_norms, other_pairs) = written, reference
+    (own, norms, words), (others, other_norms, other_words) = written, reference
     cosines = []
     for n in range(LONGEST):
         shared = sum(
@@ -150,4 +150,4 @@ def _similarity(written: tuple, reference: tuple) -> float:
         )
         size = norms[n] * other_norms[n]
         cosines.append(shared / size if size else shared)
-    return float(np.mean(cosines)) * math.exp(-((pairs - other_pairs) ** 2) / (2 * _SIGMA**2))
+    return float(np.mean(cosines)) * math.exp(-((words - other_words) ** 2) / (2 * _SIGMA**2))
