@@ -65,6 +65,17 @@ def test_the_average_where_a_run_keeps_one(tmp_path):
     assert tokenizer.max_length == 16 and transform.output_size == (16, 16)
 
 
+def test_a_run_of_an_earlier_version(tmp_path):
+    """Keys that it did not know have their defaults, whatever they are."""
+    (tmp_path / "run").mkdir()
+    write_run(tmp_path / "run")
+    path = tmp_path / "run" / "recipe.json"
+    known = json.loads(path.read_text())
+    del known["data"]["pad_to_square"], known["data"]["augment"]["erase"], known["spikes"]
+    path.write_text(json.dumps(known))
+    assert not export.load_workdir(str(tmp_path / "run"))[3].pad
+
+
 def test_transformers_gives_the_same_embeddings(run, tmp_path):
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")

@@ -298,6 +298,19 @@ def recipe() -> Config:
     return c
 
 
+def completed(saved: Mapping[str, Any]) -> Config:
+    """The recipe that a run wrote down, perhaps of an earlier vlmjax: keys that came since have their defaults."""
+    return Config(_with_defaults(saved, recipe().to_dict()))
+
+
+def _with_defaults(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    out = {**defaults, **values}
+    for name, value in values.items():
+        if isinstance(value, Mapping) and isinstance(defaults.get(name), Mapping):
+            out[name] = _with_defaults(value, defaults[name])
+    return out
+
+
 def beside(file: str, name: str) -> Config:
     """The full recipe of another file of the same folder, for one that differs from it in a few lines.
 

@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from flax import traverse_util
 
-from vlmjax.config import Config
+from vlmjax.config import Config, completed
 from vlmjax.data import text
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.recipe import naming, open_tokenizer, special_tokens, tokenizer_name
@@ -70,7 +70,7 @@ def text_length(recipe: Any) -> int:
 def _tokenizer_of(workdir: Workdir) -> str:
     """The tokenizer of the run that began in this folder; one left by a run that ended before it began is not used."""
     path = workdir.path("recipe.json")
-    return tokenizer_name(Config(read_json(path))) if path.exists() else ""
+    return tokenizer_name(completed(read_json(path))) if path.exists() else ""
 
 
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
@@ -269,7 +269,7 @@ def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm]:
     for name in ("recipe.json", "model.json"):
         if not folder.path(name).exists():
             raise CheckpointError(f"{folder.root}: not the folder of a run (it lacks {name})")
-    recipe = Config(read_json(folder.path("recipe.json")))
+    recipe = completed(read_json(folder.path("recipe.json")))
     return recipe, model_from_json(read_json(folder.path("model.json")))
 
 
