@@ -68,7 +68,7 @@ def test_the_average_where_a_run_keeps_one(tmp_path):
 def test_a_run_of_an_earlier_version(tmp_path):
     """Keys that it did not know have their defaults, whatever they are."""
     (tmp_path / "run").mkdir()
-    write_run(tmp_path / "run")
+    write_run(tmp_path / "run", ema=False)
     path = tmp_path / "run" / "recipe.json"
     known = json.loads(path.read_text())
     del known["data"]["pad_to_square"], known["data"]["augment"]["erase"], known["spikes"]
