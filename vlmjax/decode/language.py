@@ -7,9 +7,10 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
-from vlmjax.decode.prompts import checked_mask
+from vlmjax.decode.prompts import bucket, checked_mask
 from vlmjax.errors import UserError
 from vlmjax.models import med
 from vlmjax.models.cache import Cache
@@ -152,8 +153,14 @@ class GroundedLanguage:
         return self.model.apply({"params": params}, method=method)
 
     def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """See Language."""
-        return self.model.prompt(inputs)
+        """See Language. Texts beside the prompt, a question, are padded to a length that many share."""
+        found = self.model.prompt(inputs)
+        beside = [name for name in found if name not in ("input_ids", "attention_mask")]
+        for name in filter(lambda name: np.ndim(found[name]) == 2, beside):
+            tokens = found[name].shape[1]
+            more = max(0, min(bucket(tokens), self.room({})) - tokens)
+            found[name] = np.pad(found[name], [(0, 0), (0, more)])
+        return found
 
     def prepare(self, params: Params, inputs: Mapping[str, Any]) -> Prompt:
         """See Language."""

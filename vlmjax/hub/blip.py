@@ -15,8 +15,10 @@ from vlmjax.hub.bert import attention_rows, encoder_rows
 from vlmjax.hub.clip import sizes_of, tower
 from vlmjax.hub.family import Family, activation, note_training_only, only, require
 from vlmjax.hub.table import Names, Row, batched, linear, norm, patches
+from vlmjax.models import blip_tasks
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.blip import TEMPERATURE, Blip, BlipCaptioner, BlipConfig, BlipRetriever, example_inputs
+from vlmjax.models.blip_tasks import BlipVqa
 from vlmjax.models.med import DECODER, ENCODER
 from vlmjax.models.vit import VitConfig
 
@@ -213,6 +215,12 @@ def retrieval_rows(model: BlipRetriever) -> list[Row]:
     return rows + (decoder_rows(config.text) if isinstance(model, Blip) else [])
 
 
+def vqa_rows(config: BlipConfig) -> list[Row]:
+    """Rows of a BlipVqa."""
+    rows = vision_rows(config.image) + encoding_rows(config.text, "text_encoder/")
+    return rows + writing_rows(config.text, "text_decoder/")
+
+
 def names_of(rows: list[Row]) -> frozenset[str]:
     """Names of all tensors of some rows."""
     return frozenset(name for row in rows for name in row.names())
@@ -237,6 +245,17 @@ def _to_retriever(config: Mapping[str, Any]) -> BlipRetriever:
 
 def _from_retriever(model: BlipRetriever) -> dict[str, Any]:
     return from_blip(model.config) | ({FORM_KEY: PRETRAINING} if isinstance(model, Blip) else {})
+
+
+def _from_vqa(model: BlipVqa) -> dict[str, Any]:
+    image, text = model.config.image.width, model.config.text.width
+    if image != text:
+        raise HubError(
+            f"BlipForQuestionAnswering has one configuration for question encoder and answer decoder, which therefore "
+            f"look at states of one width; the image tower is {image} wide, the text transformer {text}. Keep this "
+            "model as a checkpoint of vlmjax"
+        )
+    return from_blip(model.config)
 
 
 NAMES = Names(
@@ -267,4 +286,15 @@ RETRIEVAL = Family(
     processor="BlipProcessor",
     beside={"temp": TEMPERATURE},
     aside=lambda m: names_of(decoder_rows(m.config.text)) if isinstance(m, Blip) else frozenset(),
+)
+VQA = Family(
+    architecture="BlipForQuestionAnswering",
+    to_model=lambda config: BlipVqa(to_blip(config)),
+    to_config=_from_vqa,
+    rows=lambda m: vqa_rows(m.config),
+    names=NAMES,
+    inputs=blip_tasks.example_inputs,
+    within={},
+    processor="BlipProcessor",
+    copies=_tied,
 )

@@ -19,7 +19,8 @@ from vlmjax.hub import bert, blip, clip, llama, llava, opt, processor, safetenso
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
-from vlmjax.models.blip import BlipCaptioner, BlipRetriever
+from vlmjax.models.blip import BlipCaptioner, BlipRetriever, Images
+from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
@@ -38,6 +39,7 @@ FAMILIES: dict[str, Family] = {
         siglip.VISION,
         blip.CAPTION,
         blip.RETRIEVAL,
+        blip.VQA,
         llava.LLAVA,
         llama.LLAMA,
         llama.MISTRAL,
@@ -214,6 +216,13 @@ def family_of(model: nn.Module) -> Family:
             return blip.RETRIEVAL
         case BlipCaptioner():
             return blip.CAPTION
+        case BlipVqa():
+            return blip.VQA
+        case BlipNlvr():
+            raise HubError(
+                "BlipNlvr has no class in transformers: none looks at two images by two branches of cross-attention. "
+                "Keep this model as a checkpoint of vlmjax"
+            )
         case Decoder():
             return _BY_FAMILY[model.config.family]
     raise HubError(
@@ -305,7 +314,7 @@ def _build(family: Family, config: Mapping[str, Any], path: Path) -> nn.Module:
 
 def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     config = model.config
-    if isinstance(model, (Clip, BlipCaptioner, BlipRetriever)):
+    if isinstance(model, (Clip, Images)):
         towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
         return model.clone(config=replace(config, **towers))
     if isinstance(model, Vlm):

@@ -1,7 +1,8 @@
 """BLIP (2201.12086): one image tower and one text transformer that understand (ITC, ITM) and write (LM).
 
 `Blip` is the model of pretraining. `BlipCaptioner` and `BlipRetriever` are its halves: their parameters are some of
-its parameters, under the same names (`part` takes them). VQA and NLVR2 are in models/blip_tasks.py.
+its parameters, under the same names. VQA and NLVR2 are in models/blip_tasks.py, and how a model begins with the
+parameters of another in models/blip_start.py.
 
 Calling a model is calling the transformers class of its form: token ids are taken as they are. The methods are the
 paper's: `encode_multimodal` begins a text with [ENC], `decode_text` with [DEC].
@@ -92,22 +93,30 @@ def blip_config(size: str = "base", image_size: int = 224, **changes: Any) -> Bl
     return BlipConfig(**({"image": blip_vit(size, image_size), "text": text} | changes))
 
 
-class _Images(nn.Module):
-    """The image tower, and a text transformer that may look at its states."""
+class Images(nn.Module):
+    """The image tower, which every form has."""
 
     config: BlipConfig
 
     def setup(self):
-        """Build both."""
+        """Build it."""
         self.vision_model = Vit(self.config.image)
-        self.text_model = Med(self.config.text)
 
     def encode_image(self, pixel_values: Pixels, train: bool = False) -> ImageStates:
         """Normalised states of images, class token first. With `train`, drop_path draws from the "dropout" rng."""
         return self.vision_model(pixel_values, train=train).last_hidden_state
 
 
-class BlipCaptioner(_Images):
+class _Texts(Images):
+    """With one text transformer."""
+
+    def setup(self):
+        """Build both."""
+        super().setup()
+        self.text_model = Med(self.config.text)
+
+
+class BlipCaptioner(_Texts):
     """Tower and image-grounded decoder: BlipForConditionalGeneration. `decode.generate` writes with it."""
 
     def __call__(
@@ -162,7 +171,7 @@ class BlipCaptioner(_Images):
         return {**inputs, **open_prompt(inputs, self.config)}
 
 
-class BlipRetriever(_Images):
+class BlipRetriever(_Texts):
     """Tower, text encoder and image-grounded encoder: BlipForImageTextRetrieval."""
 
     def setup(self):
@@ -310,8 +319,7 @@ def clamp_temperature(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def example_inputs(model: nn.Module) -> dict[str, Any]:
     """What `model.init` needs to make all parameters, for any of the three."""
-    ids = np.zeros((1, 1), np.int32)
-    pixels = np.zeros((1, *model.config.image.image_shape, 3), np.float32)
+    pixels, ids = blank(model.config)
 
     def everything(module: nn.Module) -> None:
         states = module.encode_image(pixels)
@@ -321,3 +329,8 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
             module.logits(module.decode_text(states, ids))
 
     return {"method": everything}
+
+
+def blank(config: BlipConfig) -> tuple[np.ndarray, np.ndarray]:
+    """A blank image and a text of one token."""
+    return np.zeros((1, *config.image.image_shape, 3), np.float32), np.zeros((1, 1), np.int32)
