@@ -185,8 +185,9 @@ class GroundedLanguage:
     def embed(
         self, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
     ) -> Prompt:
-        """See Language."""
-        embeddings = self._apply(params, lambda m: m.decoder.embed(tokens, positions))
+        """See Language. Padding may lie beyond the last position: it is no NaN, which a mask would not keep out."""
+        places = jnp.minimum(positions, self.room(params) - 1)
+        embeddings = self._apply(params, lambda m: m.decoder.embed(tokens, places))
         return Prompt(embeddings, positions, jnp.ones(tokens.shape, jnp.int32))
 
     def logits(

@@ -15,7 +15,7 @@ import numpy as np
 
 from vlmjax.data.form import Form
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, blip, clip, llama, llava, opt, processor, safetensors, siglip, table
+from vlmjax.hub import bert, blip, clip, llama, llava, opt, processor, safetensors, siglip, table, vit
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
@@ -37,6 +37,7 @@ FAMILIES: dict[str, Family] = {
         bert.BERT,
         bert.DUAL_ENCODER,
         siglip.VISION,
+        vit.VISION,
         blip.CAPTION,
         blip.RETRIEVAL,
         blip.VQA,
@@ -55,6 +56,7 @@ _BY_TYPE = {
     "clip_text_model": "CLIPTextModel",
     "bert": "BertModel",
     "siglip_vision_model": "SiglipVisionModel",
+    "vit": "ViTModel",
     "llava": "LlavaForConditionalGeneration",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
     "llama": "LlamaForCausalLM",
@@ -205,6 +207,8 @@ def family_of(model: nn.Module) -> Family:
         case ClipVision():
             if not model.config.class_token:
                 return siglip.VISION
+            if not model.config.pre_norm:
+                return vit.VISION
             return clip.VISION if model.projection_dim is None else clip.VISION_PROJECTED
         case ClipText():
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED

@@ -85,8 +85,12 @@ class Med(nn.Module):
     def embed(
         self, input_ids: Ids, positions: PositionIds | None = None, *, train: bool = False
     ) -> Float[Array, "batch tokens width"]:
-        """Tokens as the layers take them; positions count from zero unless given. Raises UserError."""
-        check_length(input_ids, self.config.max_length)
+        """Tokens as the layers take them; positions count from zero unless given.
+
+        Raises UserError where so more are counted than there are.
+        """
+        if positions is None:
+            check_length(input_ids, self.config.max_length)
         return self.embeddings(input_ids, None, positions, train)
 
     def decode(
