@@ -167,7 +167,7 @@ def test_adjusted_scores_are_those_of_transformers():
     ):  # fmt: skip
         theirs = processor(torch.from_numpy(ids), theirs)
     seen = choosing.seen_in(options, jnp.asarray(ids), jnp.ones(ids.shape, jnp.int32), VOCAB)
-    found = np.asarray(jax.jit(functools.partial(choosing.adjusted, options))(jnp.asarray(scores), seen))
+    found = np.asarray(jax.jit(functools.partial(choosing.adjusted, options))(jnp.asarray(scores), seen, 0))
     assert 1 < np.isfinite(found).sum() / 5 < 20
     np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-6)
 

@@ -227,7 +227,7 @@ def test_names_of_transformers_5(name, tmp_path):
     ("change", "message"),
     [
         (lambda c: c | {"architectures": ["CLIPModle"]}, "architecture CLIPModle is not supported; nearest.*CLIPModel"),
-        (lambda c: c | {"architectures": ["T5Stack"]}, "T5Stack is not supported; supported: BertModel, CLIPModel"),
+        (lambda c: c | {"architectures": ["T5Stack"]}, "T5Stack is not supported; supported: BertModel, Blip"),
         (lambda c: c | {"architectures": None, "model_type": "gemma"}, "architecture gemma is not supported"),
         (lambda c: c | {"vision_config": c["vision_config"] | {"hidden_act": "gelu_quick"}}, "'gelu_quick'; nearest"),
         (lambda c: c | {"vision_config": c["vision_config"] | {"num_channels": 4}}, "num_channels is 4; only 3"),

@@ -79,10 +79,14 @@ def test_gradients_are_finite_for_padded_rows_and_leave_the_padding_word_alone(p
 def test_attention_takes_another_sequence_as_its_context():
     rng = np.random.default_rng(0)
     x, image = (jnp.asarray(rng.normal(size=shape), jnp.float32) for shape in ((2, 3, 24), (2, 5, 40)))
-    block = BertAttention(BERT, train=False)
-    params = make_params(block, x, image, None)
+    block = BertAttention(BERT)
+
+    def look(module, x, image):
+        return module(x, *module.keys_values(image), None)
+
+    params = make_params(block, x, image, method=look)
     assert params["self"]["key"]["kernel"].shape == (40, 24)
-    out = jax.jit(lambda p: block.apply({"params": p}, x, image, None))(params)
+    out = jax.jit(lambda p: block.apply({"params": p}, x, image, method=look))(params)
     p, allowed = oracle.doubles(params), np.ones((3, 5), bool)
     for index in range(2):
         q = oracle.dense(p["self"]["query"], np.asarray(x[index], np.float64))

@@ -107,7 +107,7 @@ def _select(
     """Extend the hypotheses by one token."""
     batch, beams = state.scores.shape
     vocab, count = logits.shape[1], state.step + 1
-    gains = choosing.adjusted(options, jax.nn.log_softmax(logits), state.seen)
+    gains = choosing.adjusted(options, jax.nn.log_softmax(logits), state.seen, state.step)
     totals = (gains.reshape(batch, beams, vocab) + state.scores[:, :, None]).reshape(batch, -1)
     scores, places = _candidates(options, totals, jax.random.fold_in(state.key, state.step))
     parents, tokens = places // vocab, (places % vocab).astype(jnp.int32)

@@ -33,10 +33,15 @@ def top_p(scores: Scores, p: float, least: int = 1) -> Scores:
     return jnp.where(jnp.zeros_like(out).at[rows, order].set(out), -jnp.inf, scores)
 
 
-def adjusted(options: Options, scores: Scores, seen: Bool[Array, "rows vocab"] | None) -> Scores:
-    """Scores after all that the options ask for."""
+def adjusted(
+    options: Options, scores: Scores, seen: Bool[Array, "rows vocab"] | None, step: Int[Array, ""]
+) -> Scores:
+    """Scores of the token after `step` new ones, after all that the options ask for."""
     if seen is not None:
         scores = penalized(scores, seen, options.repetition_penalty)
+    if options.min_new_tokens and options.eos_token_ids:
+        early = scores.at[:, jnp.asarray(options.eos_token_ids)].set(-jnp.inf, mode="drop")
+        scores = jnp.where(step < options.min_new_tokens, early, scores)
     if not options.do_sample:
         return scores
     # Beams need enough tokens to go on with after those that end a row.
@@ -49,10 +54,14 @@ def adjusted(options: Options, scores: Scores, seen: Bool[Array, "rows vocab"] |
 
 
 def choose(
-    options: Options, scores: Scores, seen: Bool[Array, "rows vocab"] | None, key: Key[Array, ""]
+    options: Options,
+    scores: Scores,
+    seen: Bool[Array, "rows vocab"] | None,
+    step: Int[Array, ""],
+    key: Key[Array, ""],
 ) -> Int[Array, " rows"]:
-    """The likeliest token of each row, or a drawn one."""
-    scores = adjusted(options, scores, seen)
+    """The likeliest token of each row after `step` new ones, or a drawn one."""
+    scores = adjusted(options, scores, seen, step)
     if options.do_sample:
         return jax.random.categorical(key, scores).astype(jnp.int32)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)

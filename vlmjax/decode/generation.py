@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from vlmjax.decode import beams, loop
-from vlmjax.decode.language import DecoderLanguage, Language, Params, language_of
+from vlmjax.decode.language import Language, Params, language_of
 from vlmjax.decode.options import make_options
 from vlmjax.decode.prompts import bucket, bucketed, check_room
 
@@ -42,8 +42,8 @@ def generate(
       inputs_and_options: of the prompts, `input_ids` [batch, tokens], `attention_mask` like it (prompts of different
         lengths are padded on either side) and whatever else the model takes, `pixel_values` for one; and options:
         num_beams=1, do_sample=False, temperature=1.0, top_k=None, top_p=1.0, repetition_penalty=1.0,
-        length_penalty=1.0, early_stopping=False, eos_token_id=None (one or several), pad_token_id=None (the first
-        eos_token_id), stop_sequences=() of tokens. See `options.Options`.
+        length_penalty=1.0, early_stopping=False, min_new_tokens=0, eos_token_id=None (one or several),
+        pad_token_id=None (the first eos_token_id), stop_sequences=() of tokens. See `options.Options`.
 
     Returns:
       int32 tokens after each prompt; what ends a row is its last one before padding.
@@ -59,8 +59,8 @@ def generate(
 
 
 _OPTIONS = (
-    "num_beams do_sample temperature top_k top_p repetition_penalty length_penalty early_stopping eos_token_id "
-    "pad_token_id stop_sequences"
+    "num_beams do_sample temperature top_k top_p repetition_penalty length_penalty early_stopping min_new_tokens "
+    "eos_token_id pad_token_id stop_sequences"
 ).split()
 
 
@@ -72,17 +72,7 @@ def opened(
     chosen = {name: value for name, value in inputs_and_options.items() if name in _OPTIONS}
     inputs = {name: value for name, value in inputs_and_options.items() if name not in _OPTIONS}
     options = make_options(**chosen)
-    padded = bucketed(inputs)
-    if hasattr(model, "check_inputs"):
-        model.check_inputs(inputs)
-    check_room(_longest(padded), max_new_tokens, _positions(language, params))
+    padded = bucketed(language.inputs(inputs))
+    longest = int((padded["attention_mask"] != 0).sum(axis=1).max())
+    check_room(longest, max_new_tokens, language.room(params))
     return language, options, jax.device_put(padded)
-
-
-def _longest(padded: dict[str, Any]) -> int:
-    return int((padded["attention_mask"] != 0).sum(axis=1).max())
-
-
-def _positions(language: Language, params: Params) -> int | None:
-    config = language.config(params) if isinstance(language, DecoderLanguage) else None
-    return None if config is None or config.rope is not None else config.max_length

@@ -1,4 +1,4 @@
-"""What generation asks of a model, and the answer of every model around a Decoder."""
+"""What generation asks of a model, and the answers of every model around a Decoder and around a Med."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,9 +7,12 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
+from vlmjax.decode.prompts import bucket, checked_mask
 from vlmjax.errors import UserError
+from vlmjax.models import med
 from vlmjax.models.cache import Cache
 from vlmjax.models.decoder import Decoder, DecoderConfig, init_cache
 
@@ -22,16 +25,23 @@ class Prompt(NamedTuple):
     Attributes:
       positions: of each token; with several axes (M-RoPE), one position per axis.
       segment_ids: 1 on tokens, 0 on padding, which may stand on either side.
+      context: what the tokens also look at, states of an image for one, and its mask (1 on what is no padding; None:
+        all of it). The cache remembers it, so tokens that follow a prompt come without.
     """
 
     embeddings: Float[Array, "batch tokens width"]
     positions: Int[Array, "batch tokens *axes"]
     segment_ids: Int[Array, "batch tokens"]
+    context: tuple[Float[Array, "batch states width"], Int[Array, "batch states"] | None] | None = None
 
 
 @runtime_checkable
 class Language(Protocol):
     """What generation asks of a model. A model that has a method `language` gives its own; see `language_of`."""
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What a user gives, made what `prepare` takes: on the host, before anything is padded. Raises UserError."""
+        ...
 
     def prepare(self, params: Params, inputs: Mapping[str, Any]) -> Prompt:
         """Embed the prompts: `input_ids`, `attention_mask`, and what else the model takes."""
@@ -59,6 +69,10 @@ class Language(Protocol):
         """Scores of the next token, in float32."""
         ...
 
+    def room(self, params: Params) -> int | None:
+        """How many positions a row has; None where they have no limit."""
+        ...
+
 
 @dataclasses.dataclass(frozen=True)
 class DecoderLanguage:
@@ -71,6 +85,13 @@ class DecoderLanguage:
 
     def _apply(self, params: Params, method: Any, *arguments: Any) -> Any:
         return self.model.apply({"params": params}, *arguments, method=method)
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See Language."""
+        checked_mask(inputs)
+        if hasattr(self.model, "check_inputs"):
+            self.model.check_inputs(inputs)
+        return dict(inputs)
 
     def prepare(self, params: Params, inputs: Mapping[str, Any]) -> Prompt:
         """See Language."""
@@ -106,11 +127,78 @@ class DecoderLanguage:
         """See Language."""
         return self._apply(params, lambda m: _decoder(m).logits(hidden))
 
+    def room(self, params: Params) -> int | None:
+        """See Language."""
+        config = self.config(params)
+        return config.max_length if config.rope is None else None
+
     def config(self, params: Params) -> DecoderConfig:
         """The decoder's configuration; nothing is computed."""
         found = []
         jax.eval_shape(lambda p: self._apply(p, lambda m: found.append(_decoder(m).config)), params)
         return found[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class GroundedLanguage:
+    """A linen module that holds a Med as `decoder`, whose tokens look at what its method `context` makes of inputs.
+
+    `context(**inputs)` returns states and their mask (1 on what is no padding; None: all of them);
+    `prompt(inputs)` is `Language.inputs`. Positions count from the first column of a prompt, as in BERT.
+    """
+
+    model: nn.Module
+
+    def _apply(self, params: Params, method: Any) -> Any:
+        return self.model.apply({"params": params}, method=method)
+
+    def inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """See Language. Texts beside the prompt, a question, are padded to a length that many share."""
+        found = self.model.prompt(inputs)
+        beside = [name for name in found if name not in ("input_ids", "attention_mask")]
+        for name in filter(lambda name: np.ndim(found[name]) == 2, beside):
+            tokens = found[name].shape[1]
+            more = max(0, min(bucket(tokens), self.room({})) - tokens)
+            found[name] = np.pad(found[name], [(0, 0), (0, more)])
+        return found
+
+    def prepare(self, params: Params, inputs: Mapping[str, Any]) -> Prompt:
+        """See Language."""
+        ids = jnp.asarray(inputs["input_ids"])
+        positions = jnp.broadcast_to(jnp.arange(ids.shape[1], dtype=jnp.int32)[None], ids.shape)
+        prompt = self.embed(params, ids, positions)
+        context = self._apply(params, lambda m: m.context(**inputs))
+        return prompt._replace(segment_ids=jnp.asarray(inputs["attention_mask"]), context=context)
+
+    def cache(self, params: Params, batch: int, slots: int) -> Cache:
+        """See Language."""
+        return med.init_cache(self.model.config.text, batch, slots)
+
+    def run(
+        self, params: Params, prompt: Prompt, cache: Cache
+    ) -> tuple[Float[Array, "batch tokens width"], Cache]:
+        """See Language."""
+        context, mask = prompt.context or (None, None)
+        words = (prompt.embeddings, prompt.segment_ids)
+        return self._apply(params, lambda m: m.decoder.decode(*words, context, mask, cache=cache))
+
+    def embed(
+        self, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
+    ) -> Prompt:
+        """See Language. Padding may lie beyond the last position: it is no NaN, which a mask would not keep out."""
+        places = jnp.minimum(positions, self.room(params) - 1)
+        embeddings = self._apply(params, lambda m: m.decoder.embed(tokens, places))
+        return Prompt(embeddings, positions, jnp.ones(tokens.shape, jnp.int32))
+
+    def logits(
+        self, params: Params, hidden: Float[Array, "batch tokens width"]
+    ) -> Float[Array, "batch tokens vocab"]:
+        """See Language."""
+        return self._apply(params, lambda m: m.decoder.logits(hidden))
+
+    def room(self, params: Params) -> int | None:
+        """See Language."""
+        return self.model.config.text.max_length
 
 
 def _decoder(module: nn.Module) -> Decoder:
@@ -121,6 +209,8 @@ def language_of(model: nn.Module) -> Language:
     """How to generate with a model. Raises UserError for one that is no language model."""
     if hasattr(model, "language"):
         return model.language()
+    if hasattr(model, "context"):
+        return GroundedLanguage(model)
     if not hasattr(model, "prepare"):
         raise UserError(
             f"{type(model).__name__} has no method `prepare`: it is no language model, so it cannot write text"

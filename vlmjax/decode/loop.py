@@ -62,7 +62,7 @@ def take(options: Options, state: State, logits: Float[Array, "rows vocab"]) -> 
     """Choose the next token of each row, padding where it has ended."""
     # A key per step, not a chain of splits: a stream and a program that runs ahead draw the same.
     key = jax.random.fold_in(state.key, state.step)
-    tokens = choosing.choose(options, logits, state.seen, key)
+    tokens = choosing.choose(options, logits, state.seen, state.step, key)
     tokens = jnp.where(state.done, options.pad_token_id, tokens)
     out = jax.lax.dynamic_update_slice(state.out, tokens[:, None], (jnp.zeros((), jnp.int32), state.step))
     return state.replace(

@@ -19,6 +19,7 @@ class Options:
         (arXiv:1909.05858).
       length_penalty: with beams, a finished hypothesis scores sum of log-probabilities / length**length_penalty.
       early_stopping: with beams; see beams.py.
+      min_new_tokens: before there are so many tokens none of eos_token_ids is chosen.
       eos_token_ids: a row ends after any of these.
       stop_sequences: a row ends after these tokens in a row. Tokens of the prompt do not count.
       pad_token_id: what follows the end of a row.
@@ -32,6 +33,7 @@ class Options:
     repetition_penalty: float = 1.0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    min_new_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     stop_sequences: tuple[tuple[int, ...], ...] = ()
     pad_token_id: int = 0
@@ -53,6 +55,7 @@ class Options:
                 isinstance(self.early_stopping, (bool, str)) and self.early_stopping in EARLY,
                 "False, True or 'never'",
             ),
+            ("min_new_tokens", self.min_new_tokens >= 0, "0 or more"),
             ("stop_sequences", all(self.stop_sequences), "sequences of at least one token"),
         ):
             if not fits:

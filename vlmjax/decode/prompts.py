@@ -17,13 +17,8 @@ def bucket(length: int) -> int:
     return max(_SMALLEST, 1 << (length - 1).bit_length())
 
 
-def bucketed(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Inputs with prompts padded on the right to a shared length; everything that is [batch, tokens, ...] with them,
-    except pixels, whose sides may be as long as a prompt by chance.
-
-    Args:
-      inputs: `input_ids` [batch, tokens], `attention_mask` like it (1 on tokens; may be left out), whatever else the
-        model takes.
+def checked_mask(inputs: Mapping[str, Any]) -> np.ndarray:
+    """The attention_mask of prompts, int32; ones where none is given.
 
     Raises:
       UserError: no prompts, prompts without tokens, a mask of another shape.
@@ -41,8 +36,23 @@ def bucketed(inputs: Mapping[str, Any]) -> dict[str, Any]:
         raise UserError(
             f"row {empty[0]} of attention_mask is all padding; give every prompt a token, e.g. bos"
         )
-    shape, more = np.shape(ids), bucket(np.shape(ids)[1]) - np.shape(ids)[1]
-    out = dict(inputs) | {"attention_mask": mask.astype(np.int32)}
+    return mask.astype(np.int32)
+
+
+def bucketed(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inputs with prompts padded on the right to a shared length; everything that is [batch, tokens, ...] with them,
+    except pixels, whose sides may be as long as a prompt by chance.
+
+    Args:
+      inputs: `input_ids` [batch, tokens], `attention_mask` like it (1 on tokens; may be left out), whatever else the
+        model takes.
+
+    Raises:
+      UserError: see `checked_mask`.
+    """
+    mask = checked_mask(inputs)
+    shape, more = mask.shape, bucket(mask.shape[1]) - mask.shape[1]
+    out = dict(inputs) | {"attention_mask": mask}
     for name, value in out.items():
         if np.shape(value)[:2] == shape and not name.startswith("pixel_values"):
             value = np.asarray(value)

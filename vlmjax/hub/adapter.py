@@ -57,12 +57,12 @@ def save_adapter(
             f"adapters of one rank are written, these have {ranks or 'none'}; export the whole model"
         )
     family = family_of(model)
-    rows = {row.path: row for row in family.rows(model)}
+    rows = {path: row for row in family.rows(model) for path in row.paths}
     tensors: dict[str, Pending] = {}
     modules: list[str] = []
     for path, pair in adapters.items():
         row = rows[path]
-        if row.transform is not table.LINEAR:
+        if row.transform is not table.LINEAR or len(row.paths) > 1:
             raise HubError(
                 f"{path} is no Linear in {family.architecture}, so PEFT has no such adapter for it; export the whole "
                 "model"

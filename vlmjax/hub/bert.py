@@ -38,19 +38,36 @@ _NO_PADDING = -1  # `pad_token_id: null`: no row of the word table is held still
 _OLD_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
-def bert_rows(config: BertConfig) -> list[Row]:
-    """Rows of a BERT with its pooler."""
-    tables = ("word_embeddings", "position_embeddings", "token_type_embeddings")
+def attention_rows(theirs: str, ours: str, layers: int) -> list[Row]:
+    """Rows of one attention sub-layer of every layer."""
+    rows: list[Row] = []
+    for name in ("query", "key", "value"):
+        rows += linear(f"{theirs}.self.{name}", f"{ours}/self/{name}", layers=layers)
+    return rows + join_rows(f"{theirs}.output", f"{ours}/output", layers)
+
+
+def join_rows(theirs: str, ours: str, layers: int) -> list[Row]:
+    """Rows of how a sub-layer ends."""
+    dense = linear(f"{theirs}.dense", f"{ours}/dense", layers=layers)
+    return dense + norm(f"{theirs}.LayerNorm", f"{ours}/LayerNorm", layers=layers)
+
+
+def encoder_rows(config: BertConfig, attentions: Mapping[str, str]) -> list[Row]:
+    """Rows of embeddings and layers; `attentions` are the sub-layers of attention by Hugging Face's name, and ours."""
+    tables = ["word_embeddings", "position_embeddings"]
+    tables += ["token_type_embeddings"] * (config.type_vocab_size is not None)
     rows = [Row(f"embeddings.{name}.weight", f"embeddings/{name}") for name in tables]
     rows += norm("embeddings.LayerNorm", "embeddings/LayerNorm")
     hf, path, layers = "encoder.layer.{layer}", "encoder/layer", config.depth
-    for name in ("query", "key", "value"):
-        rows += linear(f"{hf}.attention.self.{name}", f"{path}/attention/self/{name}", layers=layers)
-    for theirs, ours in (("attention.output", "attention/output"), ("output", "output")):
-        rows += linear(f"{hf}.{theirs}.dense", f"{path}/{ours}/dense", layers=layers)
-        rows += norm(f"{hf}.{theirs}.LayerNorm", f"{path}/{ours}/LayerNorm", layers=layers)
+    for theirs, ours in attentions.items():
+        rows += attention_rows(f"{hf}.{theirs}", f"{path}/{ours}", layers)
     rows += linear(f"{hf}.intermediate.dense", f"{path}/intermediate/dense", layers=layers)
-    return rows + linear("pooler.dense", "pooler/dense")
+    return rows + join_rows(f"{hf}.output", f"{path}/output", layers)
+
+
+def bert_rows(config: BertConfig) -> list[Row]:
+    """Rows of a BERT with its pooler."""
+    return encoder_rows(config, {"attention": "attention"}) + linear("pooler.dense", "pooler/dense")
 
 
 def to_bert(config: Mapping[str, Any], where: str = "config.json: bert") -> BertConfig:
@@ -147,5 +164,5 @@ DUAL_ENCODER = Family(
     inputs=lambda m: example_inputs(m.config),
     within={},
     processor="VisionTextDualEncoderProcessor",
-    beside=("logit_bias",),
+    beside={"logit_bias": None},
 )

@@ -252,7 +252,7 @@ CLIP = Family(
     inputs=lambda m: example_inputs(m.config),
     within={},
     processor="CLIPProcessor",
-    beside=("logit_bias",),
+    beside={"logit_bias": None},
 )
 
 # A tower alone is written as transformers 4 names it, `vision_model.encoder...`; transformers 5 writes

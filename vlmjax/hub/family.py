@@ -27,8 +27,10 @@ class Family(NamedTuple):
         inputs: module -> smallest inputs that create every parameter.
         within: larger classes whose folders hold this one -> regexes of their tensors that stay behind.
         processor: the class's processor in transformers, None where there is none.
-        beside: scalar parameters that training may have and the class has not; config.json keeps them, as keys that
-            transformers carries along unread.
+        beside: scalar parameters that training may have and the class has not, and their value where a folder has
+            none (None: then there is no such parameter); config.json keeps them, as keys that transformers carries
+            along unread.
+        aside: module -> tensors that the class has no place for; a file of our own keeps them, see folder.EXTRA.
         copies: module -> tensors that a file may hold beside the one they must equal, as a tied head.
         constants: module -> tensors that a file holds besides, always these.
         in_memory: name of a tensor in the table -> its name in a model that transformers 5 has loaded.
@@ -42,7 +44,8 @@ class Family(NamedTuple):
     inputs: Callable[[Any], dict[str, Any]]
     within: Mapping[str, tuple[str, ...]]
     processor: str | None
-    beside: tuple[str, ...] = ()
+    beside: Mapping[str, float | None] = {}
+    aside: Callable[[Any], frozenset[str]] = lambda model: frozenset()
     copies: Callable[[Any], Mapping[str, str]] = lambda model: {}
     constants: Callable[[Any], Mapping[str, np.ndarray]] = lambda model: {}
     in_memory: Callable[[str], str] = lambda name: name

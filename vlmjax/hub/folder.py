@@ -15,10 +15,12 @@ import numpy as np
 
 from vlmjax.data.form import Form
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, clip, llama, llava, opt, processor, safetensors, siglip, table
+from vlmjax.hub import bert, blip, clip, llama, llava, opt, processor, safetensors, siglip, table, vit
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
+from vlmjax.models.blip import BlipCaptioner, BlipRetriever, Images
+from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
@@ -35,6 +37,10 @@ FAMILIES: dict[str, Family] = {
         bert.BERT,
         bert.DUAL_ENCODER,
         siglip.VISION,
+        vit.VISION,
+        blip.CAPTION,
+        blip.RETRIEVAL,
+        blip.VQA,
         llava.LLAVA,
         llama.LLAMA,
         llama.MISTRAL,
@@ -50,6 +56,7 @@ _BY_TYPE = {
     "clip_text_model": "CLIPTextModel",
     "bert": "BertModel",
     "siglip_vision_model": "SiglipVisionModel",
+    "vit": "ViTModel",
     "llava": "LlavaForConditionalGeneration",
     "vision-text-dual-encoder": "VisionTextDualEncoderModel",
     "llama": "LlamaForCausalLM",
@@ -60,6 +67,9 @@ _BY_TYPE = {
 
 # Which class a decoder is written as.
 _BY_FAMILY = {"llama": llama.LLAMA, "mistral": llama.MISTRAL, "qwen2": llama.QWEN2, "opt": opt.OPT}
+
+# Beside model.safetensors, and in its format: tensors that the Hugging Face class has no place for.
+EXTRA = "vlmjax_extra.safetensors"
 
 Shardings = Mapping[str, Any] | Callable[[Any], Mapping[str, Any]]
 
@@ -99,7 +109,7 @@ def load(
     path, family, left_behind, model = _open(folder, architecture, compute_dtype or dtype, part)
     expected = abstract_params(family, model)
     places = shardings(expected) if callable(shardings) else shardings
-    weights = safetensors.open_folder(path)
+    weights = safetensors.open_folder(path, *[EXTRA] * bool(family.aside(model)))
     copies = family.copies(model)
     constants, found = family.constants(model), family.names.resolve(list(weights))
     _check_copies(copies, found, weights, path)
@@ -110,18 +120,15 @@ def load(
         family.rows(model),
         weights,
         names,
-        expected,
+        {name: leaf for name, leaf in expected.items() if name not in family.beside},
         dtype=DTYPES[_known(dtype, "dtype")],
         shardings=places,
         where=str(path),
         only=only,
     )
-    beside = [name for name in family.beside if only is None or only(name)]
-    found = {name: read_config(path).get(name) for name in beside}
-    return model, {
-        **params,
-        **{name: jnp.float32(value) for name, value in found.items() if value is not None},
-    }
+    scalars = {name: read_config(path).get(name, value) for name, value in family.beside.items()}
+    wanted = {name: x for name, x in scalars.items() if x is not None and (only is None or only(name))}
+    return model, {**params, **{name: jnp.float32(value) for name, value in wanted.items()}}
 
 
 def load_model(folder: str | os.PathLike[str], part: str | None = None) -> nn.Module:
@@ -150,7 +157,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText, Bert, Decoder or Vlm.
+        model: Clip, ClipVision, ClipText, Bert, Decoder, Vlm, or one of BLIP's.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -181,7 +188,12 @@ def save(
         raise HubError(
             f"{path}: cannot be created ({error.strerror}); name a folder you may write to"
         ) from None
-    safetensors.write_folder(tensors, path, max_shard_bytes=max_shard_bytes)
+    aside = family.aside(model)
+    held = {name: tensor for name, tensor in tensors.items() if name not in aside}
+    safetensors.write_folder(held, path, max_shard_bytes=max_shard_bytes)
+    (path / EXTRA).unlink(missing_ok=True)
+    if aside:
+        safetensors.write_file({name: tensors[name] for name in aside}, path / EXTRA)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (path / "config.json").write_text(text, encoding="utf-8")
     processor.write(family, model, tokenizer, settings, path, form)
@@ -195,6 +207,8 @@ def family_of(model: nn.Module) -> Family:
         case ClipVision():
             if not model.config.class_token:
                 return siglip.VISION
+            if not model.config.pre_norm:
+                return vit.VISION
             return clip.VISION if model.projection_dim is None else clip.VISION_PROJECTED
         case ClipText():
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
@@ -202,6 +216,17 @@ def family_of(model: nn.Module) -> Family:
             return bert.BERT
         case Vlm():
             return llava.LLAVA
+        case BlipRetriever():
+            return blip.RETRIEVAL
+        case BlipCaptioner():
+            return blip.CAPTION
+        case BlipVqa():
+            return blip.VQA
+        case BlipNlvr():
+            raise HubError(
+                "BlipNlvr has no class in transformers: none looks at two images by two branches of cross-attention. "
+                "Keep this model as a checkpoint of vlmjax"
+            )
         case Decoder():
             return _BY_FAMILY[model.config.family]
     raise HubError(
@@ -293,7 +318,7 @@ def _build(family: Family, config: Mapping[str, Any], path: Path) -> nn.Module:
 
 def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     config = model.config
-    if isinstance(model, Clip):
+    if isinstance(model, (Clip, Images)):
         towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
         return model.clone(config=replace(config, **towers))
     if isinstance(model, Vlm):

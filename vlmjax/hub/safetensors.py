@@ -110,12 +110,18 @@ def read_header(file: Path) -> dict[str, Entry]:
     return entries
 
 
-def open_folder(folder: Path) -> Weights:
-    """Open `model.safetensors`, or the shards that `model.safetensors.index.json` names.
+def open_folder(folder: Path, *more: str) -> Weights:
+    """Open `model.safetensors`, or the shards that `model.safetensors.index.json` names; and the files `more`.
 
     Raises:
-        HubError: neither is there, or a shard or a tensor that the index names is missing.
+        HubError: neither is there, or one of `more`, a shard, or a tensor that the index names is missing.
     """
+    if more:
+        absent = [name for name in more if not (folder / name).is_file()]
+        if absent:
+            raise HubError(f"{folder}: holds no {', '.join(absent)}, where the rest of this model is")
+        headers = [read_header(folder / name) for name in more]
+        return Weights({k: v for part in (open_folder(folder).entries, *headers) for k, v in part.items()})
     if (folder / FILE).is_file():
         return Weights(read_header(folder / FILE))
     if not (folder / INDEX).is_file():

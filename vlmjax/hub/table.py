@@ -35,6 +35,12 @@ SAME = Transform(lambda x: x, lambda x: x, lambda shape: shape)
 LINEAR = Transform(np.transpose, np.transpose, _reversed)  # torch keeps [out, in], flax [in, out]
 
 
+def batched(axes: int) -> Transform:
+    """With so many leading axes of length 1, for batch and tokens."""
+    ones = (1,) * axes
+    return Transform(lambda x: x[(0,) * axes], lambda x: x[(None,) * axes], lambda shape: ones + shape)
+
+
 def patches(size: int, channels: int = 3) -> Transform:
     """Convolution [out, channel, row, column] <-> matrix [row x column x channel, out]."""
     return Transform(
@@ -45,12 +51,20 @@ def patches(size: int, channels: int = 3) -> Transform:
 
 
 class Row(NamedTuple):
-    """`hf` is the name in the file; with `layers` it holds `{layer}`, and the parameter stacks on axis 0."""
+    """`hf` is the name in the file; with `layers` it holds `{layer}`, and the parameter stacks on axis 0.
+
+    Several paths are parameters of one shape that the file lays end to end, on the first axis of its tensor.
+    """
 
     hf: str
-    path: str
+    path: str | tuple[str, ...]
     transform: Transform = SAME
     layers: int | None = None
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """Of all parameters of this row."""
+        return (self.path,) if isinstance(self.path, str) else self.path
 
     def names(self) -> list[str]:
         """Names of all tensors of this row, in layer order."""
@@ -58,7 +72,8 @@ class Row(NamedTuple):
 
     def under(self, hf_prefix: str, prefix: str) -> "Row":
         """Return the same row inside a larger model."""
-        return self._replace(hf=hf_prefix + self.hf, path=prefix + self.path)
+        paths = tuple(prefix + path for path in self.paths)
+        return self._replace(hf=hf_prefix + self.hf, path=paths[0] if isinstance(self.path, str) else paths)
 
 
 class Names(NamedTuple):
@@ -161,44 +176,66 @@ def read(
     _check_tensors(rows, shapes, found, weights, where)
     places = None if shardings is None else flatten(shardings)
     params = {}
-    for row in filter(lambda row: only is None or only(row.path), rows):
+    wanted = [(row, place, path) for row in rows for place, path in enumerate(row.paths)]
+    for row, place, path in wanted:
+        if only is not None and not only(path):
+            continue
         sources = [found[name] for name in row.names()]
-        load = partial(_load, row, sources, weights, shapes[row.path], np.dtype(dtype))
+        load = partial(_load, row, sources, weights, shapes[path], np.dtype(dtype), place=place)
         if places is None:
-            params[row.path] = jax.device_put(load((slice(None),) * len(shapes[row.path])))
+            params[path] = jax.device_put(load((slice(None),) * len(shapes[path])))
         else:
-            params[row.path] = jax.make_array_from_callback(shapes[row.path], places[row.path], load)
+            params[path] = jax.make_array_from_callback(shapes[path], places[path], load)
     return unflatten(params)
 
 
 def _load(
-    row: Row, sources: list[str], weights: Weights, shape: Shape, dtype: np.dtype, index: tuple[slice, ...]
+    row: Row,
+    sources: list[str],
+    weights: Weights,
+    shape: Shape,
+    dtype: np.dtype,
+    index: tuple[slice, ...],
+    place: int = 0,
 ) -> np.ndarray:
-    """Read the part `index` of a parameter. Transposes are views, so only that part's pages are touched."""
+    """Read the part `index` of the parameter row.paths[place].
+
+    Transposes are views, so only that part's pages are touched.
+    """
+
+    def whole(source: str) -> np.ndarray:
+        tensor = weights[source]
+        if len(row.paths) > 1:
+            tensor = np.split(tensor, len(row.paths))[place]
+        return row.transform.from_hf(tensor)
+
     if row.layers is None:
-        part = row.transform.from_hf(weights[sources[0]])[index]
+        part = whole(sources[0])[index]
         return np.asarray(part, dtype, order="C", copy=True)  # a copy: the file must not be held open by jax
     layers = range(shape[0])[index[0]]
     sizes = [len(range(size)[part]) for size, part in zip(shape[1:], index[1:], strict=True)]
     out = np.empty((len(layers), *sizes), dtype)
     for position, layer in enumerate(layers):
-        out[position] = row.transform.from_hf(weights[sources[layer]])[index[1:]].astype(dtype)
+        out[position] = whole(sources[layer])[index[1:]].astype(dtype)
     return out
 
 
-def _tensor_shape(row: Row, shape: Shape) -> Shape:
-    return row.transform.hf_shape(shape if row.layers is None else shape[1:])
+def _tensor_shape(row: Row, shapes: Mapping[str, Shape]) -> Shape:
+    shape = shapes[row.paths[0]]
+    shape = row.transform.hf_shape(shape if row.layers is None else shape[1:])
+    return shape if len(row.paths) == 1 else (len(row.paths) * shape[0], *shape[1:])
 
 
 def _check_paths(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> None:
     """Every parameter has one row, and every row a parameter as deep as the configuration says."""
-    paths = [row.path for row in rows]
+    places = [(row, path) for row in rows for path in row.paths]
+    paths = [path for _, path in places]
     extra = [f"{path} {list(shapes[path])}" for path in shapes if path not in set(paths)]
     absent = [path for path in paths if path not in shapes]
     stacks = [
-        f"{row.path} {list(shapes[row.path])} (the configuration says {row.layers} layers)"
-        for row in rows
-        if row.layers is not None and row.path in shapes and shapes[row.path][:1] != (row.layers,)
+        f"{path} {list(shapes[path])} (the configuration says {row.layers} layers)"
+        for row, path in places
+        if row.layers is not None and path in shapes and shapes[path][:1] != (row.layers,)
     ]
     problems = _problem("parameters without a Hugging Face name", extra) + _problem(
         "parameters not there", absent
@@ -211,7 +248,7 @@ def _check_paths(rows: Sequence[Row], shapes: Mapping[str, Shape]) -> None:
 def _check_tensors(
     rows: Sequence[Row], shapes: Mapping[str, Shape], found: Mapping[str, str], weights: Weights, where: str
 ) -> None:
-    wanted = {name: _tensor_shape(row, shapes[row.path]) for row in rows for name in row.names()}
+    wanted = {name: _tensor_shape(row, shapes) for row in rows for name in row.names()}
     missing = [f"{name} {list(shape)}" for name, shape in wanted.items() if name not in found]
     left = [f"{name} {list(weights.shape(name))}" for key, name in found.items() if key not in wanted]
     ill = [
@@ -265,10 +302,11 @@ def write(
         raise HubError("parameters cannot be written: " + "; ".join(problems))
     tensors: dict[str, Pending] = {}
     for row in rows:
-        shape = _tensor_shape(row, shapes[row.path])
+        shape = _tensor_shape(row, shapes)
         for layer, name in enumerate(row.names()):
             part = None if row.layers is None else layer
-            make = partial(_make, flat[row.path], row.transform, part, np.dtype(dtype))
+            leaves = [flat[path] for path in row.paths]
+            make = partial(_make, leaves, row.transform, part, np.dtype(dtype))
             tensors[name] = Pending(shape, np.dtype(dtype), make)
     return tensors
 
@@ -278,6 +316,8 @@ def constant(value: np.ndarray, dtype: Any) -> Pending:
     return Pending(value.shape, np.dtype(dtype), lambda: value.astype(dtype))
 
 
-def _make(leaf: Any, transform: Transform, layer: int | None, dtype: np.dtype) -> np.ndarray:
-    whole = np.asarray(jax.device_get(leaf))  # jax keeps this copy with the array: layers share one transfer
-    return transform.to_hf((whole if layer is None else whole[layer]).astype(dtype))
+def _make(leaves: Sequence[Any], transform: Transform, layer: int | None, dtype: np.dtype) -> np.ndarray:
+    # jax keeps this copy with the array: layers share one transfer
+    wholes = [np.asarray(jax.device_get(leaf)) for leaf in leaves]
+    parts = [transform.to_hf((whole if layer is None else whole[layer]).astype(dtype)) for whole in wholes]
+    return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -1,6 +1,6 @@
 """Keys and values of tokens that a decoder has seen: fixed shapes, so that every further token is one program."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +25,8 @@ class Cache:
       positions: of the tokens, int32 [batch, slots]; a sliding window is measured in them, so padding between tokens
         does not count.
       length: the next slot, int32 []. A call with n tokens fills slots length .. length + n - 1 of every row.
+      crossed: of a decoder that also looks at an image or a question, what it looks at; None of any other. Rows may be
+        a multiple of its batch: those that share what they look at (beams) lie side by side.
     """
 
     # Any: transformations also put shapes, shardings and axes into these fields.
@@ -33,11 +35,28 @@ class Cache:
     segment_ids: Any
     positions: Any
     length: Any
+    crossed: Any = None
 
     @property
     def slots(self) -> int:
         """How many tokens a row can hold, padding included."""
         return self.k.shape[3]
+
+
+class Crossed(NamedTuple):
+    """What cross-attention looks at: keys and values of every layer, made once, and which of them are no padding."""
+
+    k: Float[Array, "layers batch heads keys head_dim"]
+    v: Float[Array, "layers batch heads keys head_dim"]
+    mask: Bool[Array, "batch 1 1 keys"] | None
+
+
+class Kept(NamedTuple):
+    """The cache on its way through the layers."""
+
+    k: Float[Array, "layers batch kv_heads slots head_dim"]
+    v: Float[Array, "layers batch kv_heads slots head_dim"]
+    layer: Int[Array, ""]
 
 
 def empty_cache(
@@ -94,3 +113,17 @@ def write(
     zero = jnp.zeros((), jnp.int32)
     new = new.swapaxes(1, 2)[None].astype(kept.dtype)
     return jax.lax.dynamic_update_slice(kept, new, (layer, zero, zero, slot, zero))
+
+
+def keep(
+    kept: Kept,
+    k: Float[Array, "batch tokens kv_heads head_dim"],
+    v: Float[Array, "batch tokens kv_heads head_dim"],
+    slot: Int[Array, ""],
+) -> tuple[
+    Kept, Float[Array, "batch slots kv_heads head_dim"], Float[Array, "batch slots kv_heads head_dim"]
+]:
+    """One layer's new keys and values joined to those that are kept: the cache, and all of this layer."""
+    kept = kept._replace(k=write(kept.k, k, kept.layer, slot), v=write(kept.v, v, kept.layer, slot))
+    keys, values = (x[kept.layer].astype(k.dtype).swapaxes(1, 2) for x in (kept.k, kept.v))
+    return kept, keys, values

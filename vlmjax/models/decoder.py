@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from vlmjax.errors import RecipeError
-from vlmjax.models.cache import Cache, admit, cache_mask, empty_cache, write
+from vlmjax.models.cache import Cache, Kept, admit, cache_mask, empty_cache, keep
 from vlmjax.models.layers import DTYPES, REMAT, Ids, LayerNorm, RmsNorm, heads_of, lookup, stack, stream
 from vlmjax.ops.activations import ACTIVATIONS
 from vlmjax.ops.attention import attention, merge_heads
@@ -104,14 +104,6 @@ class Shared(NamedTuple):
     slot: Int[Array, ""] | None  # with a cache, where the first token goes
 
 
-class Kept(NamedTuple):
-    """The cache on its way through the layers."""
-
-    k: Float[Array, "layers batch kv_heads slots head_dim"]
-    v: Float[Array, "layers batch kv_heads slots head_dim"]
-    layer: Int[Array, ""]
-
-
 def _dense(config: DecoderConfig, features: int, bias: bool, name: str | None = None) -> nn.Dense:
     init = nn.initializers.normal(config.init_std)
     return nn.Dense(features, use_bias=bias, dtype=DTYPES[config.dtype], kernel_init=init, name=name)
@@ -131,7 +123,7 @@ class DecoderAttention(nn.Module):
         self, x: Float[Array, "batch tokens width"], shared: Shared, kept: Kept | None
     ) -> tuple[Float[Array, "batch tokens width"], Kept | None]:
         """Return what to add to the stream, and the cache."""
-        cfg, dtype = self.config, DTYPES[self.config.dtype]
+        cfg = self.config
         sizes = {"q_proj": cfg.heads, "k_proj": cfg.kv_heads, "v_proj": cfg.kv_heads}
         q, k, v = (
             heads_of(_dense(cfg, heads * cfg.head_dim, cfg.qkv_bias, name)(x), heads)
@@ -143,10 +135,7 @@ class DecoderAttention(nn.Module):
             form = {"causal": True, "window": cfg.window, "implementation": cfg.attention}
             mixed = attention(q, k, v, segment_ids=shared.segment_ids, **form)
         else:
-            kept = kept._replace(
-                k=write(kept.k, k, kept.layer, shared.slot), v=write(kept.v, v, kept.layer, shared.slot)
-            )
-            keys, values = (x[kept.layer].astype(dtype).swapaxes(1, 2) for x in (kept.k, kept.v))
+            kept, keys, values = keep(kept, k, v, shared.slot)
             mixed = attention(q, keys, values, mask=shared.mask)
         return _dense(cfg, cfg.width, cfg.out_bias, "o_proj")(merge_heads(mixed)), kept
 

@@ -118,11 +118,12 @@ def stream(x: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens 
     return constrain(x, "batch", None, None)
 
 
-def stack(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
+def stack(block: type[nn.Module], depth: int, remat: str, *, dealt: bool = False) -> type[nn.Module]:
     """`depth` copies of a block, scanned: parameters get a leading axis of layers and compile once.
 
-    The block's call takes (x, mask) and returns (x, None); `mask` is the same for every layer. `remat` is a
-    name of REMAT. Adapters (models/lora.py) are dealt out to the layers as parameters are.
+    The block's call takes (x, other) and returns (x, what the scan collects); `other` is the same for every layer,
+    or with `dealt` has a leading axis of layers. `remat` is a name of REMAT. Adapters (models/lora.py) are dealt out
+    to the layers as parameters are.
     """
     if remat != "none":
         # A scan already keeps recomputation apart from the forward pass, so the barrier against common
@@ -132,7 +133,7 @@ def stack(block: type[nn.Module], depth: int, remat: str) -> type[nn.Module]:
         block,
         variable_axes={"params": 0, "lora": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(nn.broadcast,),
+        in_axes=(0 if dealt else nn.broadcast,),
         length=depth,
     )
 

@@ -48,3 +48,17 @@ class ClipOutput(flax.struct.PyTreeNode):
     text_embeds: Any = None
     vision_model_output: TowerOutput | None = None
     text_model_output: TowerOutput | None = None
+
+
+class BlipFeatures(flax.struct.PyTreeNode):
+    """Features of BLIP, of every token: those of one mode, None elsewhere.
+
+    Embeds are states: image_embeds [batch, states, image width], text_embeds and multimodal_embeds [batch, tokens,
+    width]. Features are their float32 projections of unit length into the common space [batch, tokens, dim].
+    """
+
+    image_embeds: Any = None
+    image_features: Any = None
+    text_embeds: Any = None
+    text_features: Any = None
+    multimodal_embeds: Any = None

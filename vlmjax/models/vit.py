@@ -1,4 +1,4 @@
-"""Vision transformers of CLIP and SigLIP: patches, with a class token or without, through pre-norm blocks."""
+"""Vision transformers of CLIP, SigLIP and BLIP: patches, with a class token or without, through pre-norm blocks."""
 
 import dataclasses
 import math
@@ -7,7 +7,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from vlmjax.errors import RecipeError, UserError
 from vlmjax.models.layers import (
@@ -27,20 +27,24 @@ from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.activations import constrain
 
 POOLS = ("class", "attention", "none")
+INITS = ("clip", "normal")
 
 
 @dataclasses.dataclass(frozen=True)
 class VitConfig:
     """Shape of a vision transformer. `image_size` is a side or (height, width) in pixels.
 
-    The last four fields are CLIP's by default; SigLIP (2303.15343) has neither class token nor norm before the blocks,
-    a bias on its patches, and pools with a query of its own (2106.04560, section 3).
+    The last five fields are CLIP's by default; SigLIP (2303.15343) has neither class token nor norm before the blocks,
+    a bias on its patches, and pools with a query of its own (2106.04560, section 3). `blip_vit` gives BLIP's.
 
     Attributes:
+      drop_path: chance that a sub-layer of the last block adds nothing to an image in training; blocks before it have
+        less, the first one none (stochastic depth, 1603.09382).
       class_token: whether a learned token stands before the patches.
       pre_norm: whether a norm stands before the blocks.
       patch_bias: whether the projection of patches has a bias.
       pool: `class` (the normalised class token), `attention`, or `none`.
+      init: of the kernels, `clip` as in CLIP's release, or `normal` with std 0.02 (BERT's, timm's).
     """
 
     width: int
@@ -54,10 +58,12 @@ class VitConfig:
     dtype: str = "float32"
     remat: str = "none"
     patch_dropout: float = 0.0
+    drop_path: float = 0.0
     class_token: bool = True
     pre_norm: bool = True
     patch_bias: bool = False
     pool: str = "class"
+    init: str = "clip"
 
     def __post_init__(self):
         """Refuse what cannot be built."""
@@ -72,10 +78,13 @@ class VitConfig:
                 f"VitConfig.patch_size {self.patch_size} leaves no patch in image_size {self.image_size}; "
                 "choose a smaller patch or a larger image"
             )
-        if not 0.0 <= self.patch_dropout < 1.0:
-            raise RecipeError(
-                f"VitConfig.patch_dropout is {self.patch_dropout}; give a share from 0 to below 1"
-            )
+        if self.init not in INITS:
+            raise RecipeError(f"VitConfig.init is {self.init!r}; choose one of {', '.join(INITS)}")
+        for field in ("patch_dropout", "drop_path"):
+            if not 0.0 <= getattr(self, field) < 1.0:
+                raise RecipeError(
+                    f"VitConfig.{field} is {getattr(self, field)}; give a share from 0 to below 1"
+                )
 
     @property
     def image_shape(self) -> tuple[int, int]:
@@ -95,13 +104,16 @@ class VitConfig:
         return max(1, round(math.prod(self.grid) * (1.0 - self.patch_dropout)))
 
 
-def vit_init(width: int) -> BlockInit:
+def vit_init(config: VitConfig) -> BlockInit:
     """Initialisers of the image blocks, as OpenAI's release leaves them (openai/CLIP, clip/model.py).
 
     `initialize_parameters` there touches only the text blocks, so the image blocks keep PyTorch's defaults:
     q, k, v jointly Xavier-uniform over a [3 width, width] matrix (std (2 width)^-0.5), every other kernel
     uniform within fan_in^-0.5 (std (3 fan_in)^-0.5).
+    With `init` "normal" all are what timm's trunc_normal_ draws: it cuts at +-2, which is 100 times its std of 0.02.
     """
+    if config.init == "normal":
+        return BlockInit(*[nn.initializers.normal(0.02)] * 4)
     linear = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
     return BlockInit(nn.initializers.variance_scaling(1 / 2, "fan_in", "uniform"), linear, linear, linear)
 
@@ -113,26 +125,29 @@ class VitBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self,
-        x: Float[Array, "batch tokens width"],
-        mask: Bool[Array, "#batch 1 #tokens tokens"] | None = None,
+        self, x: Float[Array, "batch tokens width"], drop: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, "batch tokens width"], None]:
-        """Return the stream after this block, and nothing else for the scan to collect."""
-        cfg, dtype, init = self.config, DTYPES[self.config.dtype], vit_init(self.config.width)
+        """Return the stream after this block, and nothing else for the scan to collect.
+
+        `drop` is the chance of either sub-layer to add nothing to an image; None: there is none.
+        """
+        cfg, dtype, init = self.config, DTYPES[self.config.dtype], vit_init(self.config)
         y = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm1")(x)
-        x = stream(x + SelfAttention(cfg.heads, dtype, init, name="self_attn")(y, mask))
+        y = SelfAttention(cfg.heads, dtype, init, name="self_attn")(y)
+        x = stream(x + (y if drop is None else drop_path(y, drop, self.make_rng("dropout"))))
         y = LayerNorm(cfg.layer_norm_eps, dtype, name="layer_norm2")(x)
-        return stream(x + Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y)), None
+        y = Mlp(cfg.mlp_dim, cfg.activation, dtype, init, name="mlp")(y)
+        return stream(x + (y if drop is None else drop_path(y, drop, self.make_rng("dropout")))), None
 
 
 class VitKeepingBlock(VitBlock):
     """The same block, whose output the scan also collects."""
 
     def __call__(
-        self, x: Float[Array, "batch tokens width"], mask: None = None
+        self, x: Float[Array, "batch tokens width"], drop: Float[Array, ""] | None = None
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch tokens width"]]:
         """Return the stream after this block, twice."""
-        x, _ = super().__call__(x, mask)
+        x, _ = super().__call__(x, drop)
         return x, x
 
 
@@ -151,7 +166,7 @@ class VitEmbeddings(nn.Module):
         patches, grid = patchify(pixels, cfg.patch_size)
         # As in openai/CLIP: class token and positions normal with std width^-0.5, the patch kernel at the
         # default of torch's Conv2d, uniform within fan_in^-0.5.
-        normal = nn.initializers.normal(cfg.width**-0.5)
+        normal = nn.initializers.normal(0.02 if cfg.init == "normal" else cfg.width**-0.5)
         uniform = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         rows = cfg.class_token + math.prod(cfg.grid)
         positions = self.param("position_embedding", normal, (rows, cfg.width), jnp.float32)
@@ -173,12 +188,13 @@ class VitEncoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch tokens width"], layers: tuple[int, ...] = ()
+        self, x: Float[Array, "batch tokens width"], layers: tuple[int, ...] = (), train: bool = False
     ) -> tuple[Float[Array, "batch tokens width"], Float[Array, "batch tokens features"] | None]:
         """Run all layers; returns what the last one leaves, and the chosen hidden states side by side."""
         cfg = self.config
-        block = stack(VitKeepingBlock if layers else VitBlock, cfg.depth, cfg.remat)
-        last, each = block(cfg, name="layers")(x, None)
+        drops = jnp.linspace(0.0, cfg.drop_path, cfg.depth, dtype=jnp.float32)
+        block = stack(VitKeepingBlock if layers else VitBlock, cfg.depth, cfg.remat, dealt=True)
+        last, each = block(cfg, name="layers")(x, drops if train and cfg.drop_path > 0.0 else None)
         if not layers:
             return last, None
         chosen = [layer % (cfg.depth + 1) for layer in layers]
@@ -200,10 +216,10 @@ class Vit(nn.Module):
     ) -> TowerOutput:
         """Encode normalised images, channels last, of any size of at least one patch.
 
-        With `train` and config.patch_dropout, a random share of the patches is left out (needs the "dropout"
-        rng), so there are fewer tokens. With `pool` "class" last_hidden_state is not normalised, else it is: as in
-        Hugging Face's models. `layers` chooses hidden states for `features`: 0 is what the first block reads, -1 what
-        the last one leaves.
+        With `train` and config.patch_dropout, a random share of the patches is left out, so there are fewer tokens;
+        that and config.drop_path need the "dropout" rng. With `pool` "class" last_hidden_state is not normalised, else
+        it is: as in Hugging Face's models. `layers` chooses hidden states for `features`: 0 is what the first block
+        reads, -1 what the last one leaves.
         """
         cfg, dtype = self.config, DTYPES[self.config.dtype]
         check_pixels(pixel_values, cfg.patch_size)
@@ -212,7 +228,7 @@ class Vit(nn.Module):
             x = drop_patches(x, cfg.patch_dropout, self.make_rng("dropout"), kept=int(cfg.class_token))
         if cfg.pre_norm:
             x = LayerNorm(cfg.layer_norm_eps, dtype, name="pre_layernorm")(x)
-        x, features = VitEncoder(cfg, name="encoder")(x, layers)
+        x, features = VitEncoder(cfg, name="encoder")(x, layers, train)
         if cfg.pool == "class":
             pooled = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="post_layernorm")(x[:, 0])
         else:
@@ -230,7 +246,7 @@ class AttentionPool(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "batch tokens width"]) -> Float[Array, "batch width"]:
         """Pool, in float32."""
-        cfg, init = self.config, vit_init(self.config.width)
+        cfg, init = self.config, vit_init(self.config)
         probe = self.param("probe", nn.initializers.xavier_uniform(), (1, 1, cfg.width), jnp.float32)
         kernel = self.param("in_proj", init.qkv, (cfg.width, 3 * cfg.width), jnp.float32)
         bias = self.param("in_proj_bias", nn.initializers.zeros_init(), (3 * cfg.width,), jnp.float32)
@@ -282,3 +298,12 @@ def drop_patches(
     _, chosen = jax.lax.top_k(jax.random.uniform(key, (x.shape[0], patches)), keep)
     rest = jnp.take_along_axis(x[:, kept:], chosen[:, :, None], axis=1)
     return jnp.concatenate([x[:, :kept], rest], axis=1) if kept else rest
+
+
+def drop_path(
+    x: Float[Array, "batch tokens width"], chance: Float[Array, ""], key: jax.Array
+) -> Float[Array, "batch tokens width"]:
+    """Zeros for a random part of the images, and the others so much larger that the expectation stays."""
+    stay = 1.0 - chance
+    stays = jax.random.bernoulli(key, stay, (x.shape[0], 1, 1))
+    return jnp.where(stays, x / stay.astype(x.dtype), jnp.zeros((), x.dtype))

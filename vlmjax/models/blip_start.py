@@ -1,0 +1,163 @@
+"""How a BLIP begins: pretraining with a ViT and a BERT, fine-tuning with the parameters of pretraining.
+
+Functions on trees of parameters. Nothing is left out in silence: what another model has to give and has not is an
+error, and only what is new in a form keeps its fresh values.
+"""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from vlmjax.errors import UserError
+from vlmjax.models.bert import BertConfig
+from vlmjax.models.blip_tasks import BlipNlvr, twin_layers
+from vlmjax.models.med import DECODER, ENCODER
+from vlmjax.models.vit import VitConfig
+from vlmjax.ops.resize import resize_positions
+
+Params = Mapping[str, Any]
+POSITIONS = "vision_model/embeddings/position_embedding"
+# What fine-tuning adds: everything else comes from pretraining.
+_NEW = re.compile(r"cls_(dense|out)/.*|.*/merge_layer/.*")
+
+
+def from_pretraining(
+    model: nn.Module, fresh: Params, source: nn.Module, source_params: Params
+) -> dict[str, Any]:
+    """Parameters of any form of BLIP, begun with those of another.
+
+    A BlipCaptioner and a BlipRetriever take their half of a Blip. Both ends of a BlipVqa take the one text transformer,
+    both branches of a BlipNlvr's cross-attention the one that there is. Positions of images are resized where the
+    image size differs (224 in pretraining, 384 or 480 after it).
+
+    Args:
+      model: the form to begin.
+      fresh: its parameters as `init` gives them, or their shapes (`jax.eval_shape`) for a form that adds none.
+      source: the other model, a Blip for most; a captioner can begin a captioner.
+      source_params: its parameters.
+
+    Raises:
+      UserError: parameters that the source has not, or has in another shape; all are named.
+    """
+    found = flatten_dict(dict(source_params), sep="/")
+    start, problems = {}, []
+    for path, leaf in flatten_dict(dict(fresh), sep="/").items():
+        there, layers = _source(model, path)
+        if there not in found:
+            if not _NEW.fullmatch(path):
+                problems.append(f"{there} is not there")
+            start[path] = leaf
+            continue
+        value = found[there] if layers is None else found[there][layers]
+        if path == POSITIONS:
+            value = resize_positions(jnp.asarray(value), source.config.image.grid, model.config.image.grid)
+        if value.shape != leaf.shape:
+            problems.append(f"{there} is {list(value.shape)}, expected {list(leaf.shape)}")
+        start[path] = value
+    _refuse(type(model).__name__, type(source).__name__, problems)
+    return unflatten_dict(start, sep="/")
+
+
+def _source(model: nn.Module, path: str) -> tuple[str, slice | None]:
+    """Where a parameter comes from, and which of the layers there."""
+    there = re.sub(r"^text_(encoder|decoder)/", "text_model/", path)
+    if not isinstance(model, BlipNlvr):
+        return there, None
+    there = re.sub(r"crossattention/self[01]/", "crossattention/self/", there)
+    there = re.sub(r"crossattention/output/dense[01]/", "crossattention/output/dense/", there)
+    for name, (first, end) in twin_layers(model.config.text.depth).items():
+        if there.startswith(f"text_model/{name}/"):
+            return there.replace(f"text_model/{name}/", "text_model/encoder/layer/"), slice(first, end)
+    return there, None
+
+
+def from_towers(
+    model: nn.Module,
+    fresh: Params,
+    *,
+    image: tuple[VitConfig, Params] | None = None,
+    text: tuple[BertConfig, Params] | None = None,
+    fold_token_type: bool = False,
+) -> dict[str, Any]:
+    """Parameters for pretraining, begun with those of a ViT and of a BERT.
+
+    BLIP takes ViT-B/16 of DeiT or ViT-L/16 of AugReg, and BERT-base (2201.12086, section 4.1). Self-attention of
+    encoder and decoder both begin as BERT's; cross-attention, head and the rows of [DEC] and [ENC] stay fresh.
+
+    Args:
+      model: a Blip, BlipCaptioner or BlipRetriever.
+      fresh: its parameters as `init` gives them.
+      image: configuration and parameters of a ClipVision, as `hub.load` gives it of a ViTModel; None: fresh.
+      text: of a Bert, as `hub.load` gives it of a BertModel; None: fresh.
+      fold_token_type: add BERT's first token type to its positions, so that texts are encoded exactly as BERT does.
+        BLIP drops it.
+
+    Raises:
+      UserError: a tower of another shape.
+    """
+    start, problems = flatten_dict(dict(fresh), sep="/"), []
+
+    def put(path: str, value: Any) -> None:
+        if path not in start:
+            problems.append(f"{path} has no place")
+        elif value.shape != start[path].shape:
+            problems.append(f"{path} is {list(value.shape)}, expected {list(start[path].shape)}")
+        start[path] = value
+
+    if image is not None:
+        config, params = image
+        for path, value in flatten_dict(dict(params), sep="/").items():
+            if path == POSITIONS:
+                value = resize_positions(jnp.asarray(value), config.grid, model.config.image.grid)
+            if path.startswith("vision_model/"):
+                put(path, value)
+    if text is not None:
+        for path, value in _of_bert(text[1], start, fold_token_type).items():
+            put(path, value)
+    _refuse(type(model).__name__, "the towers", problems)
+    return unflatten_dict(start, sep="/")
+
+
+def _of_bert(bert: Params, start: Mapping[str, Any], fold_token_type: bool) -> dict[str, Any]:
+    """BERT's parameters under the names of a Med."""
+    flat = {path: value for path, value in flatten_dict(dict(bert), sep="/").items() if "pooler" not in path}
+    types = flat.pop("embeddings/token_type_embeddings")
+    if fold_token_type:
+        flat["embeddings/position_embeddings"] = flat["embeddings/position_embeddings"] + types[:1]
+    flat = {f"text_model/{path}": value for path, value in flat.items()}
+    layer = "text_model/encoder/layer/"
+    own = {path: flat.pop(path) for path in list(flat) if path.startswith(f"{layer}{ENCODER}/")}
+    for name in (ENCODER, DECODER):
+        if any(path.startswith(f"{layer}{name}/") for path in start):
+            flat |= {path.replace(ENCODER, name, 1): value for path, value in own.items()}
+    for name in ("word_embeddings", "position_embeddings"):
+        path = f"text_model/embeddings/{name}"
+        known, table = jnp.asarray(flat[path]), jnp.asarray(start[path])
+        rows = min(known.shape[0], table.shape[0])
+        if known.shape[1:] == table.shape[1:]:
+            flat[path] = table.at[:rows].set(known[:rows].astype(table.dtype))
+    return flat
+
+
+def _refuse(model: str, source: str, problems: list[str]) -> None:
+    if problems:
+        more = f", and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise UserError(f"{model} cannot begin with {source}: {'; '.join(problems[:8])}{more}")
+
+
+def momentum_part(params: Params) -> dict[str, Any]:
+    """The parameters of which ITC keeps a moving average: tower, text encoder without a look at images, projections.
+
+    `Blip.apply({"params": part}, ..., method="encode_image")` and `encode_text`, `embed_image`, `embed_text` need no
+    others.
+    """
+    wanted = re.compile(
+        rf"vision_model/.*|text_model/embeddings/.*|text_model/encoder/layer/({ENCODER}|intermediate|output)/.*"
+        "|(vision|text)_proj/.*"
+    )
+    flat = flatten_dict(dict(params), sep="/")
+    return unflatten_dict({path: x for path, x in flat.items() if wanted.fullmatch(path)}, sep="/")
