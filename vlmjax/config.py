@@ -30,6 +30,9 @@ TOWER_SHARDING = (
     (r".*", ()),
 )
 
+# BLIP's towers likewise; its heads are small, and copied.
+BLIP_SHARDING = (*TOWER_SHARDING[:-2], (r".*", ()))
+
 # The same for language models. A head is laid out as the embedding; both are cut along the vocabulary as well. Biases,
 # which Llama has none of, are copied.
 DECODER_SHARDING = (
@@ -92,7 +95,8 @@ def augmentation(**settings) -> Config:
 def _evaluation_schema() -> Config:
     return Config(
         {
-            "benchmark": "",  # zeroshot | retrieval, of dual encoders | vqa, of models that write
+            # zeroshot | retrieval, of dual encoders | vqa, of models that write | matching | caption, of BLIP
+            "benchmark": "",
             "data": "",  # a source as in data.train; empty: this entry is off
             "exclude": "",  # regex on record keys (re.search) to leave out
             "keep": "",  # regex on record keys (re.search) that are kept; empty keeps all
@@ -102,7 +106,8 @@ def _evaluation_schema() -> Config:
             "canonical": False,  # lower-case texts without punctuation, as SigLIP expects
             "batch_size": 0,  # global; 0 = the training batch, at most 256
             "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
-            "max_new_tokens": 16,  # vqa: of an answer
+            "max_new_tokens": 16,  # vqa, caption: of what is written
+            "prompt": "",  # caption: what every caption begins with
         }
     )
 
@@ -165,6 +170,11 @@ def recipe() -> Config:
         }
     )
     c.model.projection_dim = 512
+    # Stage "blip" alone: a ViT's folder (model.image_from) and a BERT's to begin with, and stochastic depth.
+    c.model.text_from = (
+        ""  # HF folder or id of a BertModel, whose tokenizer is used; the sizes stay those above
+    )
+    c.model.drop_path = 0.0  # chance that a sub-layer of the image tower's last block is left out
     # What follows is for stage "generative": a tower, a bridge and a language model (models/vlm.py).
     c.model.image_from = (
         ""  # HF folder or id whose image tower is taken, in place of model.image but its image_size
@@ -226,6 +236,15 @@ def recipe() -> Config:
     c.loss.soft_targets = (
         0.0  # share of the average's own similarities in the targets (ALBEF); needs momentum
     )
+
+    c.loss.soft_targets_ramp = 0  # steps over which that share grows from 0
+    # BLIP (2201.12086, section 3.2): what its three losses count, and how two of them are made.
+    c.loss.itc = c.loss.itm = c.loss.lm = 1.0
+    c.loss.itm_negatives = (
+        "local"  # local (drawn among the rows of the same device, as in the paper) | global
+    )
+    c.loss.lm_smoothing = 0.1  # label smoothing of the language loss
+    c.loss.prompt_tokens = 0  # tokens at the beginning of every text that it does not learn
 
     c.loss.z_loss = (
         0.0  # generative: coefficient of log sum exp(scores) squared, e.g. 1e-4 (PaLM, 2204.02311)

@@ -14,8 +14,14 @@ METRICS = {
     "zeroshot": ("top1", "top5"),
     "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
     "vqa": ("exact_match",),
+    "matching": ("accuracy", "own", "other"),
+    "caption": ("exact", "bleu4", "rouge_l", "cider"),
 }
-BENCHMARKS_OF = {"contrastive": ("zeroshot", "retrieval"), "generative": ("vqa",)}  # by stage
+BENCHMARKS_OF = {  # by stage
+    "contrastive": ("zeroshot", "retrieval"),
+    "generative": ("vqa",),
+    "blip": ("zeroshot", "retrieval", "matching", "caption"),
+}
 
 _MOST_PROCESSES = 256  # each takes seconds to start and its own memory
 
@@ -32,7 +38,7 @@ def check_values(c: Any) -> None:
     Args:
       c: a recipe whose keys and types are those of the schema.
     """
-    _one_of(c.stage, "config.stage", ("contrastive", "generative"))
+    _one_of(c.stage, "config.stage", tuple(BENCHMARKS_OF))
     _one_of(c.model.text.kind, "config.model.text.kind", ("clip", "bert"))
     _one_of(c.model.dtype, "config.model.dtype", ("auto", "bfloat16", "float32"))
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
@@ -242,10 +248,9 @@ def _check_evals(c: Any) -> None:
     for name, entry in c.evals.items():
         _one_of(entry.benchmark, f"config.evals.{name}.benchmark", tuple(METRICS))
         if entry.benchmark not in BENCHMARKS_OF[c.stage]:
-            needs = "a model that writes" if entry.benchmark == "vqa" else "a dual encoder"
             raise RecipeError(
-                f"config.evals.{name}.benchmark={entry.benchmark!r} needs {needs}; stage {c.stage!r} can be scored by "
-                f"{', '.join(BENCHMARKS_OF[c.stage])}"
+                f"config.evals.{name}.benchmark={entry.benchmark!r} is not for stage {c.stage!r}, which can be scored "
+                f"by {', '.join(BENCHMARKS_OF[c.stage])}"
             )
         if entry.blind and entry.benchmark != "vqa":
             raise RecipeError(f"config.evals.{name}.blind=True is for 'vqa'; leave it out")

@@ -34,7 +34,24 @@ def tiny(c: Config) -> Config:
         }
     )
     c.checkpoint.best_metric = ""
-    return _tiny_generative(c) if c.stage == "generative" else c
+    return {"generative": _tiny_generative, "blip": _tiny_blip}.get(c.stage, lambda c: c)(c)
+
+
+def _tiny_blip(c: Config) -> Config:
+    """Three losses on scenes of one thing, in a common space of their own."""
+    c.batch_size, c.loss.queue, c.loss.soft_targets_ramp = 32, 256, 20
+    c.model.image_from = c.model.text_from = ""
+    c.model.text.max_length = 24
+    c.data.train = "scenes:train:single"
+    heldout = "scenes:heldout:single:class"
+    c.evals = Config(
+        {
+            "zeroshot": evaluation("zeroshot", heldout, examples=256),
+            "matching": evaluation("matching", heldout, examples=256),
+            "caption": evaluation("caption", heldout, examples=128),
+        }
+    )
+    return c
 
 
 def _tiny_generative(c: Config) -> Config:

@@ -24,7 +24,8 @@ def _string(name: str, default: str | None, text: str) -> None:
 
 
 _string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Face folder or hub id.")
-flags.DEFINE_enum("benchmark", None, ("zeroshot", "retrieval", "vqa"), "What to measure.", flag_values=FLAGS)
+_BENCHMARKS = ("zeroshot", "retrieval", "vqa", "matching", "caption")
+flags.DEFINE_enum("benchmark", None, _BENCHMARKS, "What to measure.", flag_values=FLAGS)
 _string(
     "data",
     None,
@@ -44,7 +45,7 @@ flags.DEFINE_bool(
     "vqa: every image in the mean colour: what the questions alone give away.",
     flag_values=FLAGS,
 )
-flags.DEFINE_integer("max_new_tokens", 16, "vqa: of an answer.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("max_new_tokens", 16, "vqa, caption: of what is written.", 1, flag_values=FLAGS)
 _string(
     "template",
     "auto",
@@ -55,6 +56,7 @@ _string("out", "", "Also write the results to this json file.")
 _string("report", "", "Also write a report.html with what was found into this folder.")
 _string("keep", "", "Only records whose key this regular expression finds.")
 _string("exclude", "", "Not the records whose key this regular expression finds.")
+_string("prompt", "", "caption: what every caption begins with, such as 'a picture of'.")
 flags.DEFINE_integer("examples", 0, "Use the first this many records; 0 = all.", 0, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 256, "Images and texts at a time, over all devices.", 1, flag_values=FLAGS)
 flags.DEFINE_bool(
@@ -125,10 +127,11 @@ def load_model(path: str, mesh: Any, benchmark: str = "zeroshot") -> tuple[Any, 
     if tokenizer is None or transform is None:
         lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
         raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
-    needed = ("image_features", "prepare") if benchmark == "vqa" else ("encode_image", "encode_text")
-    for method in needed:
+    from vlmjax.evals.choose import NEEDS
+
+    methods, needs = NEEDS.get(benchmark, ((), ""))
+    for method in methods:
         if not hasattr(model, method):
-            needs = "a model that writes about images" if benchmark == "vqa" else "both towers"
             raise DataError(
                 f"--model={path}: {type(model).__name__} has no {method}; --benchmark={benchmark} needs {needs}"
             )
@@ -161,6 +164,7 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "canonical",
         "blind",
         "max_new_tokens",
+        "prompt",
     )
     benchmark = Benchmark(name=options.benchmark, **{name: options[name].value for name in fields})
     mesh = make_mesh()
@@ -182,17 +186,13 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
 
 def _evaluator(options: flags.FlagValues, benchmark: Any, *parts: Any) -> Any:
     """What runs a benchmark; `parts` are model, tokenizer, transform and mesh."""
-    if options.benchmark != "vqa":
-        from vlmjax.evals.runner import Evaluator
-
-        return Evaluator(benchmark, *parts)
     from vlmjax.data.form import Form
-    from vlmjax.evals.answers import AnswerEvaluator
+    from vlmjax.evals.choose import Evaluators
 
-    form = read_form(options.model) or Form()
+    form = (read_form(options.model) if options.benchmark == "vqa" else None) or Form()
     if options.template != "auto":
         form = dataclasses.replace(form, template=options.template)
-    return AnswerEvaluator(benchmark, *parts, form, images_per_row=_MOST_IMAGES)
+    return Evaluators(*parts, form=form, images_per_row=_MOST_IMAGES).of(benchmark)
 
 
 def _write(path: str, row: dict[str, Any]) -> None:

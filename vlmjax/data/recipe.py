@@ -17,6 +17,7 @@ from vlmjax.data.plan import permute
 from vlmjax.data.sources import Source, captions_of, open_sources, turns_of
 from vlmjax.errors import DataError, HubError, RecipeError
 
+DEC, ENC = "[DEC]", "[ENC]"  # of BLIP: they stand before a text that is to be written, or read with its image
 # Captions read to train a "bpe:N" tokenizer; more change its merges little.
 BPE_CAPTIONS = 20_000
 # Batches of a window of grouped rows: with few of them, the last one, which is not full, would count.
@@ -52,13 +53,21 @@ def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
 
 def tokenizer_name(recipe: Any) -> str:
     """The folder, id or "bpe:N" that a recipe's tokenizer comes from; no "bpe:N" replaces that of an imported model."""
-    name, source = recipe.data.tokenizer, recipe.init_from or recipe.model.get("language_from", "")
+    name, source = recipe.data.tokenizer, recipe.init_from or _words_from(recipe)
     return source if source and (not name or name.startswith("bpe:")) else name
 
 
+def _words_from(recipe: Any) -> str:
+    """The folder whose text model, and so whose tokenizer, a recipe imports."""
+    return recipe.model.get("text_from" if recipe.stage == "blip" else "language_from", "")
+
+
 def special_tokens(recipe: Any) -> tuple[str, ...]:
-    """What a recipe's tokenizer has beyond its own vocabulary: the mark of an image where rows are conversations."""
-    return (MARK,) if recipe.stage == "generative" else ()
+    """What a recipe's tokenizer has beyond its own vocabulary.
+
+    The mark of an image where rows are conversations; with BLIP what texts to be written and to be read begin with.
+    """
+    return {"generative": (MARK,), "blip": (DEC, ENC)}.get(recipe.stage, ())
 
 
 def open_tokenizer(

@@ -7,7 +7,7 @@ from typing import Any
 
 from vlmjax.errors import BadRecord, DataError
 
-BENCHMARKS = ("zeroshot", "retrieval", "vqa")
+BENCHMARKS = ("zeroshot", "retrieval", "vqa", "matching", "caption")
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class Benchmark:
 
     Attributes:
         name: under which results are reported.
-        benchmark: `zeroshot`, `retrieval` or `vqa` (see `answers`).
+        benchmark: `zeroshot`, `retrieval`, `vqa` (see `answers`), `matching` (`pairs`) or `caption` (`captioning`).
         data: a source (shards, folder file, `scenes:heldout`, ...).
         keep, exclude: regular expressions searched in record keys; empty: all records, none.
         examples: use the first this many records; 0 = all.
@@ -26,7 +26,8 @@ class Benchmark:
         batch_size: global; 0 = 256, for vqa 64.
         canonical: lower-case texts and delete their punctuation, as SigLIP's text towers expect.
         blind: vqa: every image in the mean colour: what the questions alone give away.
-        max_new_tokens: vqa: of an answer.
+        max_new_tokens: vqa and caption: of what is written.
+        prompt: caption: what a caption begins with, which is not part of it.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Benchmark:
     canonical: bool = False
     blind: bool = False
     max_new_tokens: int = 16
+    prompt: str = ""
 
     def __post_init__(self) -> None:
         """Raise DataError for a benchmark that does not exist."""
@@ -55,7 +57,7 @@ class EvalResult:
     Attributes:
         name, benchmark: of the Benchmark.
         metrics: fractions: `top1`, `top5`, or `text_to_image_r1`, `_r5`, `_r10`, `image_to_text_r1`, ..., or
-            `exact_match`.
+            `exact_match`, or `accuracy`, or `exact`, `bleu4`, `rouge_l`, `cider`.
         chance: the same names, the value of guessing at random; for `exact_match` of giving each kind of question
             its most frequent answer.
         counts: `records`, `used`, `skipped`, and how many images, texts or classes took part; for retrieval

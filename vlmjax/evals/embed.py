@@ -57,11 +57,11 @@ class Embedder:
         @on_mesh(mesh)
         def images(params: Any, pixels: jax.Array) -> jax.Array:
             values = pixels.astype(jnp.float32) / (255 * std) - mean / std
-            return model.apply({"params": params}, values, method="encode_image").astype(jnp.float32)
+            return model.apply({"params": params}, values, method=_image_features).astype(jnp.float32)
 
         @on_mesh(mesh)
         def texts(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-            out = model.apply({"params": params}, input_ids, attention_mask, method="encode_text")
+            out = model.apply({"params": params}, input_ids, attention_mask, method=_text_features)
             return out.astype(jnp.float32)
 
         self._images = jax.jit(images, out_shardings=replicated(mesh))
@@ -99,6 +99,17 @@ class Embedder:
             batch = to_global(local, self.mesh, size)
             parts.append(self._texts(params, batch["input_ids"], batch["attention_mask"]))
         return np.concatenate([np.asarray(part) for part in parts])[: len(texts)]
+
+
+def _image_features(model: Any, pixels: jax.Array) -> jax.Array:
+    """In the space where images and texts are compared; models whose encoders give states project them there."""
+    out = model.encode_image(pixels)
+    return model.embed_image(out) if hasattr(model, "embed_image") else out
+
+
+def _text_features(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    out = model.encode_text(input_ids, attention_mask)
+    return model.embed_text(out) if hasattr(model, "embed_text") else out
 
 
 def read_batches(

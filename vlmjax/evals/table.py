@@ -9,6 +9,13 @@ TITLES = {
     "top1": "top-1",
     "top5": "top-5",
     "exact_match": "exact match",
+    "accuracy": "matches told from others",
+    "own": "own captions recognised",
+    "other": "others refused",
+    "exact": "exact captions",
+    "bleu4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr-D",
     **{f"text_to_image_r{k}": f"text → image R@{k}" for k in (1, 5, 10)},
     **{f"image_to_text_r{k}": f"image → text R@{k}" for k in (1, 5, 10)},
 }

@@ -23,10 +23,9 @@ class Writer:
     """
 
     def __init__(self, model: Any, transform: Any, mesh: jax.sharding.Mesh):
-        """`model` is a `models.vlm.Vlm`; `transform` its own EvalTransform, with `mean` and `std`."""
+        """`model` is one that `decode.generate` takes; `transform` its own EvalTransform, with `mean` and `std`."""
         self.mesh, language = mesh, language_of(model)
-        std = np.asarray(transform.std, np.float32)[None, None, None, None, :]
-        mean = np.asarray(transform.mean, np.float32)[None, None, None, None, :]
+        mean, std = (np.asarray(value, np.float32) for value in (transform.mean, transform.std))
 
         @on_mesh(mesh)
         def write(options: Options, new: int, limit: int, params: Any, inputs: Mapping[str, Array]) -> Array:
@@ -47,7 +46,7 @@ class Writer:
         params: Any,
         prompts: Sequence[np.ndarray],
         length: int,
-        pixels: UInt8[np.ndarray, "own slots height width 3"],
+        pixels: UInt8[np.ndarray, "own *slots height width 3"],
         batch_size: int,
         *,
         max_new_tokens: int,

@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from vlmjax.models.bert import BertConfig
+from vlmjax.models.blip import BlipConfig
 from vlmjax.models.clip import ClipConfig
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
@@ -98,6 +99,24 @@ def vlm_train_flops(
         total += 6 * rows[name] * adapted.get(name, 0)
         below = below or name in trained
     return batch * total
+
+
+def blip_train_flops(config: BlipConfig, batch: int, length: int, *, momentum: bool) -> int:
+    """Count a step of BLIP's pretraining on texts of `length` tokens, everything trained.
+
+    An image pass, a text alone, and four texts that look at an image (three to be matched, one to be written), each
+    three times for the backward pass; with `momentum` image and text alone once more. Looking at N image states of
+    width D costs a layer of width W over T tokens 4 T W^2 (q, out) + 4 N D W (k, v) + 4 T N W.
+    """
+    words, states = config.text, math.prod(config.image.grid) + 1
+    image = forward_flops(config.image, 1, train=True)
+    alone = _blocks(words, length)
+    looks = 4 * length * words.width**2 + 4 * states * words.width * (config.image.width + length)
+    seeing = alone + words.depth * looks
+    head = 2 * length * words.width * (words.width + words.vocab_size)
+    joint = 2 * (config.image.width + words.width) * config.projection_dim
+    once = image + alone + joint
+    return batch * (3 * (once + 4 * seeing + head) + (once if momentum else 0))
 
 
 def _blocks(config: VitConfig | TextConfig | BertConfig, tokens: int) -> int:

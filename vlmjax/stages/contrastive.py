@@ -121,10 +121,15 @@ class Contrastive(Stage):
         return {"image_keys": features["image_embeds"], "text_keys": features["text_embeds"]}
 
     def head(
-        self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
+        self,
+        params: Params,
+        features: Mapping[str, Array],
+        batch: Batch,
+        extra: Extra,
+        rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss of the features of a whole global batch, and what to log beside it."""
-        scale = jnp.exp(params["logit_scale"])
+        scale = self.scale(params)
         options = {
             "mesh": self.mesh,
             "valid": batch["valid"],
@@ -142,17 +147,27 @@ class Contrastive(Stage):
             label_smoothing=self.loss_config["label_smoothing"],
             hard_negatives=self.loss_config["hard_negatives"],
             memory=self._memory(features, extra),
-            teacher=self._teacher(features, scale),
+            teacher=self._teacher(features, scale, extra),
             **options,
         )
         return loss, {**metrics, "logit_scale": scale}
 
-    def _teacher(self, features: Mapping[str, Array], scale: Array) -> Teacher | None:
-        weight = self.loss_config["soft_targets"]
-        if not weight:
+    def scale(self, params: Params) -> Float[Array, ""]:
+        """What multiplies cosines: one over the temperature."""
+        return jnp.exp(params["logit_scale"])
+
+    def _teacher(self, features: Mapping[str, Array], scale: Array, extra: Extra) -> Teacher | None:
+        if not self.loss_config["soft_targets"]:
             return None
         temperature = jax.lax.stop_gradient(1.0 / scale)
-        return Teacher(features["image_keys"], features["text_keys"], temperature, weight)
+        return Teacher(features["image_keys"], features["text_keys"], temperature, self.soft_share(extra))
+
+    def soft_share(self, extra: Extra) -> Float[Array, ""]:
+        """The share of soft targets at this step: it grows from 0 over the first `loss.soft_targets_ramp` steps."""
+        share, ramp = self.loss_config["soft_targets"], self.loss_config["soft_targets_ramp"]
+        if not ramp:
+            return jnp.float32(share)
+        return jnp.float32(share) * jnp.minimum(1.0, extra["steps"].astype(jnp.float32) / ramp)
 
     def _memory(self, features: Mapping[str, Array], extra: Extra) -> Memory | None:
         if not self.loss_config["momentum"]:
@@ -177,19 +192,26 @@ class Contrastive(Stage):
         """With momentum, a copy of the parameters as its encoder, and the queue if there is one."""
         if not self.loss_config["momentum"]:
             return {}
-        extra = {"momentum": jax.tree.map(jnp.copy, trainable)}
-        if not self.loss_config["queue"]:
-            return extra
-        return {**extra, "rows": self._empty_queue(), "slot": jnp.zeros((), jnp.int32)}
+        extra = {"momentum": jax.tree.map(jnp.copy, self.averaged(trainable))}
+        if self.loss_config["soft_targets_ramp"]:
+            extra["steps"] = jnp.zeros((), jnp.int32)
+        if self.loss_config["queue"]:
+            extra |= {"rows": self._empty_queue(), "slot": jnp.zeros((), jnp.int32)}
+        return extra
+
+    def averaged(self, trainable: Params) -> Params:
+        """The parameters of which the momentum encoder is an average."""
+        return trainable
 
     def carry_on(self, extra: Extra, trainable: Params, features: Mapping[str, Array], batch: Batch) -> Extra:
         """The momentum encoder a little nearer to the parameters, the batch's keys in place of the oldest ones."""
         if not extra:
             return extra
         share = 1.0 - self.loss_config["momentum"]
-        momentum = optax.incremental_update(trainable, extra["momentum"], share)
+        momentum = optax.incremental_update(self.averaged(trainable), extra["momentum"], share)
+        carried = {"momentum": momentum} | {n: extra[n] + np.int32(1) for n in ("steps",) if n in extra}
         if "rows" not in extra:
-            return {"momentum": momentum}
+            return carried
         new = {
             "image_queue": features["image_keys"],
             "text_queue": features["text_keys"],
@@ -199,7 +221,7 @@ class Contrastive(Stage):
         put = jax.lax.dynamic_update_index_in_dim
         rows = {name: put(old, new[name], extra["slot"], 1) for name, old in extra["rows"].items()}
         slot = (extra["slot"] + 1) % np.int32(rows["queue_valid"].shape[1])
-        return {"momentum": momentum, "rows": rows, "slot": slot}
+        return {**carried, "rows": rows, "slot": slot}
 
     def project(self, params: Params) -> Params:
         """Parameters put back where they are allowed to be after an update: the temperature under its cap.

@@ -108,7 +108,12 @@ class Generative(Stage):
             return {"hidden": nn.apply(forward, self.model)(variables(params), rngs={"dropout": rng})}
 
     def head(
-        self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
+        self,
+        params: Params,
+        features: Mapping[str, Array],
+        batch: Batch,
+        extra: Extra,
+        rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss, and beside it how many of the tokens would have been chosen."""
         hidden = features["hidden"]

@@ -75,7 +75,12 @@ class Stage:
         return {}
 
     def head(
-        self, params: Params, features: Mapping[str, Array], batch: Batch, extra: Extra
+        self,
+        params: Params,
+        features: Mapping[str, Array],
+        batch: Batch,
+        extra: Extra,
+        rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
         """The loss of a whole global batch from its features, and what to log beside it."""
         raise NotImplementedError

@@ -20,13 +20,14 @@ from vlmjax.data.recipe import naming, open_tokenizer, special_tokens, tokenizer
 from vlmjax.data.sources import Source
 from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.bert import BertConfig
+from vlmjax.models.blip import Blip, BlipConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.models.vlm import Vlm, VlmConfig
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import replicated
-from vlmjax.training import vlm_parts
+from vlmjax.training import blip_parts, vlm_parts
 from vlmjax.training.workdir import Workdir
 
 POSITIONS = "vision_model/embeddings/position_embedding"
@@ -97,6 +98,9 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm:
     if recipe.stage == "generative":
         compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
         return Vlm(vlm_parts.vlm_config(recipe, tokenizer, compute))
+    if recipe.stage == "blip":
+        compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
+        return blip_parts.make_blip(recipe, tokenizer, compute)
     if not recipe.init_from:
         return Clip(clip_config(recipe, tokenizer))
     from vlmjax import hub
@@ -118,6 +122,8 @@ def imported(recipe: Any) -> dict[str, str]:
     """Which top-level groups of parameters a recipe imports, and from where."""
     if recipe.stage == "generative":
         return vlm_parts.imported(recipe)
+    if recipe.stage == "blip":
+        return blip_parts.imported(recipe)
     groups = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
     return dict.fromkeys(groups, recipe.init_from) if recipe.init_from else {}
 
@@ -144,6 +150,8 @@ def import_params(
 
     if isinstance(model, Vlm):
         return vlm_parts.import_parts(recipe, model, places, fresh, only)
+    if isinstance(model, Blip):
+        return blip_parts.import_blip(recipe, model, places, fresh)
 
     flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
     with naming("init_from"):
@@ -247,6 +255,8 @@ def model_to_json(config: ClipConfig | VlmConfig) -> dict[str, Any]:
     """A model config as json, for `workdir/model.json`."""
     if isinstance(config, VlmConfig):
         return vlm_parts.to_json(config)
+    if isinstance(config, BlipConfig):
+        return blip_parts.to_json(config)
     kind = "bert" if isinstance(config.text, BertConfig) else "clip"
     value = dataclasses.asdict(config)
     return {**value, "text": {"kind": kind, **value["text"]}}
@@ -256,6 +266,8 @@ def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm:
     """Inverse of `model_to_json`, as a module."""
     if value.get("kind") == "vlm":
         return vlm_parts.from_json(value)
+    if value.get("kind") == "blip":
+        return blip_parts.from_json(value)
     words = dict(value["text"])
     tower = {"bert": BertConfig, "clip": TextConfig}[words.pop("kind")]
     image = dict(value["image"])

@@ -10,10 +10,11 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
-from vlmjax.models import clip, vlm
+from vlmjax.models import blip, clip, vlm
 from vlmjax.models.layers import DTYPES
 from vlmjax.sharding.mesh import batch_sharding
 from vlmjax.sharding.peers import barrier
+from vlmjax.stages.blip import BlipPretraining
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.stages.generative import Generative
 from vlmjax.stages.stage import Stage
@@ -21,9 +22,13 @@ from vlmjax.training.optimizer import make_optimizer
 from vlmjax.training.state import TrainState, make_state, split, state_shardings
 from vlmjax.training.step import make_train_step
 
-STAGES = {"contrastive": Contrastive, "generative": Generative}
+STAGES = {"contrastive": Contrastive, "generative": Generative, "blip": BlipPretraining}
 # The smallest inputs that make every parameter of a model.
-EXAMPLES = {clip.Clip: clip.example_inputs, vlm.Vlm: vlm.example_inputs}
+EXAMPLES = {
+    clip.Clip: clip.example_inputs,
+    vlm.Vlm: vlm.example_inputs,
+    blip.Blip: lambda config: blip.example_inputs(blip.Blip(config)),
+}
 Tree = Any
 
 

@@ -2,7 +2,6 @@
 
 import platform
 from collections.abc import Callable
-from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -15,12 +14,9 @@ import vlmjax
 from vlmjax.data.form import Form
 from vlmjax.data.sources import Source
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.evals.answers import AnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark, EvalResult, benchmark_of
-from vlmjax.evals.embed import Embedder
-from vlmjax.evals.runner import Evaluator
+from vlmjax.evals.choose import Evaluators
 from vlmjax.evals.table import print_results
-from vlmjax.evals.writing import Writer
 from vlmjax.models.lora import merged
 from vlmjax.training import build
 from vlmjax.training.report import save_result, save_similarity, write_report
@@ -37,12 +33,9 @@ class Evaluations:
         """Open every entry of `recipe.evals` that names data; raises RecipeError before any training."""
         transform = build.eval_transform(recipe, model.config.image.image_shape)
         parts = {"model": model, "tokenizer": tokenizer, "transform": transform, "mesh": mesh}
-        self._dual = recipe.stage == "contrastive"
-        if self._dual:
-            self._evaluator = partial(Evaluator, **parts, embedder=Embedder(**parts))
-        else:
-            form = {"form": Form.of_recipe(recipe), "images_per_row": recipe.data.images_per_row}
-            self._evaluator = partial(AnswerEvaluator, **parts, **form, writer=Writer(model, transform, mesh))
+        self._dual = recipe.stage != "generative"
+        form = None if self._dual else Form.of_recipe(recipe)
+        self._makers = Evaluators(**parts, form=form, images_per_row=recipe.data.images_per_row)
         self._recipe = recipe
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
         self._evaluators = []
@@ -51,7 +44,7 @@ class Evaluations:
                 batch = entry.batch_size or self._batch_size
                 benchmark = benchmark_of(name, {**entry.to_dict(), "batch_size": batch})
                 with build.naming(f"evals.{name}"):
-                    self._evaluators.append(self._evaluator(benchmark))
+                    self._evaluators.append(self._makers.of(benchmark))
         self.results: list[EvalResult] = []
 
     def run(self, state: TrainState, step: int) -> dict[str, float]:
@@ -76,7 +69,7 @@ class Evaluations:
             return
         size, batch = self._batch_size, batch()
         benchmark = Benchmark("batch", "retrieval", batch.name, examples=size, batch_size=size)
-        details = self._evaluator(benchmark, source=batch).run(evaluated(state, self._recipe)).details
+        details = self._makers.of(benchmark, batch).run(evaluated(state, self._recipe)).details
         if self._workdir.writer:
             pairs = details["similarity"]
             save_similarity(self._workdir.local, pairs["images"], pairs["captions"], pairs["similarity"])

@@ -37,7 +37,7 @@ def save_result(workdir: Folder, result: Any, step: int = 0) -> None:
         pairs = details.pop("similarity")
         save_similarity(workdir, pairs["images"], pairs["captions"], pairs["similarity"])
         save_retrieval(workdir, result.name, details)
-    elif result.benchmark == "vqa":
+    elif result.benchmark in ("vqa", "caption"):
         save_answers(workdir, result.name, details, step)
     else:
         save_zeroshot(workdir, result.name, details)

@@ -30,7 +30,13 @@ CHARTS = (
     ("Model FLOPs utilisation", ("mfu",), True),
 )
 # The metric of each benchmark that the top of the page shows.
-HEADLINES = {"zeroshot": "top1", "retrieval": "text_to_image_r1", "vqa": "exact_match"}
+HEADLINES = {
+    "zeroshot": "top1",
+    "retrieval": "text_to_image_r1",
+    "vqa": "exact_match",
+    "matching": "accuracy",
+    "caption": "exact",
+}
 _log = logging.getLogger(__name__)
 NOT_DRAWN = {"step", "examples", "epoch", "finite", "step_seconds"}
 

@@ -22,7 +22,7 @@ def value_and_grad(stage: Any, state: TrainState, batch: Mapping, rng: Any) -> t
     def loss(trainable):
         whole = merge(trainable, state.frozen)
         features = {**stage.encode(whole, batch, rng), **keys}
-        value, metrics = stage.head(whole, features, batch, state.extra)
+        value, metrics = stage.head(whole, features, batch, state.extra, jax.random.fold_in(rng, 1))
         return value, (metrics, features)
 
     return jax.value_and_grad(loss, has_aux=True)(state.params)

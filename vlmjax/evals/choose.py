@@ -1,0 +1,63 @@
+"""What runs a benchmark: one evaluator for each kind, around one compiled model."""
+
+import functools
+from typing import Any
+
+import jax
+
+from vlmjax.data.form import Form
+from vlmjax.evals.answers import AnswerEvaluator
+from vlmjax.evals.benchmark import Benchmark
+from vlmjax.evals.captioning import CaptionEvaluator
+from vlmjax.evals.embed import Embedder
+from vlmjax.evals.pairs import MatchingEvaluator
+from vlmjax.evals.runner import Evaluator
+from vlmjax.evals.writing import Writer
+
+# What a model has to have for each benchmark, and what such a model is called.
+NEEDS = {
+    "zeroshot": (("encode_image", "encode_text"), "both towers"),
+    "retrieval": (("encode_image", "encode_text"), "both towers"),
+    "vqa": (("image_features", "prepare"), "a model that writes about images"),
+    "matching": (("match",), "a model that says whether image and text match (BLIP)"),
+    "caption": (("decode_text",), "a model that writes captions (BLIP)"),
+}
+
+
+class Evaluators:
+    """Makes the evaluators of one model, which share what they compile."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        transform: Any,
+        mesh: jax.sharding.Mesh,
+        *,
+        form: Form | None = None,
+        images_per_row: int = 1,
+    ):
+        """`form` and `images_per_row` are for vqa: how the model is spoken to, and places for images."""
+        self._parts = {"model": model, "tokenizer": tokenizer, "transform": transform, "mesh": mesh}
+        self._form, self._images_per_row = form or Form(), images_per_row
+
+    @functools.cached_property
+    def _embedder(self) -> Embedder:
+        return Embedder(**self._parts)
+
+    @functools.cached_property
+    def _writer(self) -> Writer:
+        return Writer(*(self._parts[name] for name in ("model", "transform", "mesh")))
+
+    def of(self, benchmark: Benchmark, source: Any = None) -> Any:
+        """The evaluator of a benchmark, its source opened. Raises DataError where that cannot be used."""
+        parts = {**self._parts, "source": source}
+        match benchmark.benchmark:
+            case "vqa":
+                said = {"form": self._form, "images_per_row": self._images_per_row, "writer": self._writer}
+                return AnswerEvaluator(benchmark, **parts, **said)
+            case "matching":
+                return MatchingEvaluator(benchmark, **parts)
+            case "caption":
+                return CaptionEvaluator(benchmark, **parts, writer=self._writer)
+        return Evaluator(benchmark, **parts, embedder=self._embedder)
