@@ -147,8 +147,8 @@ class BlipPretraining(Contrastive):
         self, params: Params, states: Float[Array, "batch states width"], batch: Batch, rng: Any
     ) -> Float[Array, ""]:
         """LM of each text about its image."""
-        ids, mask = batch["input_ids"], batch["attention_mask"] * batch["valid"][:, None]
-        learned = (jnp.arange(ids.shape[1]) >= max(1, self.loss_config["prompt_tokens"])) & (mask > 0)
+        ids, there = batch["input_ids"], (batch["attention_mask"] > 0) & batch["valid"][:, None]
+        learned = (jnp.arange(ids.shape[1]) >= max(1, self.loss_config["prompt_tokens"]))[None] & there
 
         def forward(module: nn.Module) -> Float[Array, "batch tokens vocab"]:
             return module.logits(module.decode_text(states, ids, batch["attention_mask"], True)[:, :-1])
