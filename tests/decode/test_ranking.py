@@ -55,8 +55,14 @@ def test_misuse_is_one_line():
     _, model, params = pair("llama")
     ids, mask = answers()
     for given, message in (
-        ((ids[0],), "candidates_ids has shape (4,); give [candidates, tokens] or [batch, candidates, tokens]"),
-        ((ids[None],), "candidates_ids has shape (1, 4, 4); give [candidates, tokens] or [batch, candidates, tokens] with a batch of 3"),
+        (
+            (ids[0],),
+            "candidates_ids has shape (4,); give [candidates, tokens] or [batch, candidates, tokens]",
+        ),
+        (
+            (ids[None],),
+            "candidates_ids has shape (1, 4, 4); give [candidates, tokens] or [batch, candidates, tokens] with a batch",
+        ),
         ((ids, mask[:1]), "candidates_mask has shape (1, 4), candidates_ids (4, 4)"),
         ((ids, mask[:, ::-1]), "padding before a token"),
     ):

@@ -4,6 +4,7 @@ Functions on trees of parameters. Nothing is left out in silence: what another m
 error, and only what is new in a form keeps its fresh values.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -141,6 +142,16 @@ def _of_bert(bert: Params, start: Mapping[str, Any], fold_token_type: bool) -> d
         if known.shape[1:] == table.shape[1:]:
             flat[path] = table.at[:rows].set(known[:rows].astype(table.dtype))
     return flat
+
+
+def resize_images(
+    model: nn.Module, params: Params, image_size: int | tuple[int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same form of BLIP for images of another size, 384 for one: positions are resized, all else is as it was."""
+    config = dataclasses.replace(model.config.image, image_size=image_size)
+    flat = flatten_dict(dict(params), sep="/")
+    flat[POSITIONS] = resize_positions(jnp.asarray(flat[POSITIONS]), model.config.image.grid, config.grid)
+    return model.clone(config=dataclasses.replace(model.config, image=config)), unflatten_dict(flat, sep="/")
 
 
 def _refuse(model: str, source: str, problems: list[str]) -> None:
