@@ -90,6 +90,11 @@ def open_speaker(options: Any) -> Speaker:
     if tokenizer is None:
         raise DataError(f"--model={options.model}: has no tokenizer; save the model with it")
     config = language.config(params) if isinstance(language, DecoderLanguage) else model.config
+    if not hasattr(config, "eos_token_ids"):
+        raise UserError(
+            f"--model={options.model}: a {type(model).__name__} writes captions or short answers and holds no "
+            "conversation; call vlmjax.decode.generate with it"
+        )
     pieces = Pieces(tokenizer)
     form = _form(options, pieces)
     tokens, texts = ends_of(form.template, pieces)

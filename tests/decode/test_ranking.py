@@ -61,7 +61,7 @@ def test_misuse_is_one_line():
         ),
         (
             (ids[None],),
-            "candidates_ids has shape (1, 4, 4); give [candidates, tokens] or [batch, candidates, tokens] with a batch of 3",
+            "candidates_ids has shape (1, 4, 4); give [candidates, tokens] or [batch, candidates, tokens] with a batch",
         ),
         ((ids, mask[:1]), "candidates_mask has shape (1, 4), candidates_ids (4, 4)"),
         ((ids, mask[:, ::-1]), "padding before a token"),

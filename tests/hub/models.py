@@ -1,5 +1,6 @@
 """Tiny models of every family with random parameters, for the tests of this folder."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -8,6 +9,8 @@ import numpy as np
 
 from vlmjax.hub import folder
 from vlmjax.models.bert import Bert, BertConfig
+from vlmjax.models.blip import BlipCaptioner, BlipConfig, BlipRetriever
+from vlmjax.models.blip_tasks import BlipVqa
 from vlmjax.models.clip import Clip, ClipConfig, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder, DecoderConfig
 from vlmjax.models.text import TextConfig
@@ -35,6 +38,12 @@ OPT = DecoderConfig(
     mlp_bias=True, tied=True, embed_dim=10, pad_token_id=1, family="opt",
 )  # fmt: skip
 BERT = BertConfig(width=12, depth=2, heads=3, mlp_dim=20, vocab_size=50, max_length=16, pad_token_id=-1)
+VIT = VitConfig(
+    width=20, depth=2, heads=5, mlp_dim=28, image_size=24, patch_size=8, activation="gelu", class_token=True,
+    pre_norm=False, patch_bias=True, pool="none", init="normal",
+)  # fmt: skip
+MED = BertConfig(width=12, depth=2, heads=3, mlp_dim=20, vocab_size=50, max_length=16, type_vocab_size=None)
+BLIP = BlipConfig(VIT, MED, 10, bos_token_id=48, enc_token_id=49, sep_token_id=7)
 
 MODELS = {
     "CLIPModel": Clip(ClipConfig(IMAGE, TEXT, 10)),
@@ -44,6 +53,12 @@ MODELS = {
     "CLIPTextModelWithProjection": ClipText(TEXT, 10),
     "BertModel": Bert(BERT),
     "VisionTextDualEncoderModel": Clip(ClipConfig(IMAGE, BERT, 10)),
+    "ViTModel": ClipVision(VIT),
+    "BlipForConditionalGeneration": BlipCaptioner(BLIP),
+    "BlipForImageTextRetrieval": BlipRetriever(BLIP),
+    "BlipForQuestionAnswering": BlipVqa(
+        dataclasses.replace(BLIP, text=dataclasses.replace(MED, width=20, heads=5))
+    ),
     "LlamaForCausalLM": Decoder(LLAMA),
     "MistralForCausalLM": Decoder(MISTRAL),
     "Qwen2ForCausalLM": Decoder(QWEN2),

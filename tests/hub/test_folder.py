@@ -60,7 +60,7 @@ def test_round_trip_is_bit_equal(name, tmp_path):
     assert json.loads((tmp_path / "a" / "config.json").read_text())["architectures"] == [name]
 
 
-@EVERY
+@pytest.mark.parametrize("name", [name for name in models.MODELS if not name.startswith("Blip")])
 def test_the_architecture_may_be_left_out_of_config(name, tmp_path):
     hub.save(models.MODELS[name], models.params_of(name), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

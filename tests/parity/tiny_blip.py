@@ -38,7 +38,8 @@ def redraw(model: Any, seed: int = 0) -> Any:
             if parameter.ndim == 1:
                 parameter.copy_(0.1 * noise + name.endswith("weight"))
             else:
-                spread = 1.0 if "embed" in name else 1.5 * parameter[0].numel() ** -0.5
+                # A flat choice of words: otherwise one is repeated for ever.
+                spread = 0.3 if "embed" in name else 1.5 * parameter[0].numel() ** -0.5
                 parameter.copy_(spread * noise)
     return model.eval()
 

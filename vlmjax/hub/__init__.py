@@ -1,7 +1,7 @@
 """The Hugging Face format: `load` a folder or hub id (`load_model`: without weights), `save`, `load_processor`,
 `save_adapter`.
 
-`load_form`: how the model of a folder was spoken to.
+`load_form`: how the model of a folder was spoken to. `load_lavis`: a .pth file of BLIP's own.
 
 Importing this room loads neither jax nor transformers; the first call does.
 """
@@ -9,7 +9,7 @@ Importing this room loads neither jax nor transformers; the first call does.
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["load", "load_form", "load_model", "load_processor", "save", "save_adapter"]
+__all__ = ["load", "load_form", "load_lavis", "load_model", "load_processor", "save", "save_adapter"]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
@@ -18,6 +18,10 @@ def __getattr__(name: str) -> Callable[..., Any]:
         from vlmjax.hub import folder
 
         return getattr(folder, name)
+    if name == "load_lavis":
+        from vlmjax.hub import lavis
+
+        return lavis.load_lavis
     if name == "save_adapter":
         from vlmjax.hub import adapter
 

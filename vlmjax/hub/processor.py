@@ -16,6 +16,7 @@ from vlmjax.hub import chat, llava_processor
 from vlmjax.hub.family import Family
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import BertConfig
+from vlmjax.models.blip import Images
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
@@ -79,6 +80,11 @@ def _max_length(path: Path) -> int:
 
 
 def _transform(settings: Mapping[str, Any], where: str) -> EvalTransform:
+    kinds = (settings.get("image_processor_type"), settings.get("processor_class"))
+    if any(str(kind).startswith("Blip") for kind in kinds):  # never cuts; its files need not say so
+        size = settings.get("size", 384)
+        square = {"height": size, "width": size} if isinstance(size, int) else size
+        settings = {**settings, "do_center_crop": False, "size": square}
     try:
         return EvalTransform.from_hf(settings)
     except DataError as error:
@@ -109,7 +115,22 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
             f"{image.image_shape} (height, width); give an image_processor of that size"
         )
     named = {} if family.processor is None else {"processor_class": family.processor}
-    return transform.to_hf() | named
+    return (_blip_images(transform) if isinstance(model, Images) else transform.to_hf()) | named
+
+
+def _blip_images(transform: EvalTransform) -> dict[str, Any]:
+    """Contents of preprocessor_config.json for BlipImageProcessor, which resizes whatever the shape was, and no more.
+
+    Raises:
+        HubError: the transform cuts images.
+    """
+    if not isinstance(transform.size, tuple) or transform.crop not in (None, transform.size):
+        raise HubError(
+            f"image_processor resizes to {transform.size} and crops to {transform.crop}; BlipProcessor squeezes whole "
+            "images: give EvalTransform(size=(height, width), crop=None)"
+        )
+    settings = {key: value for key, value in transform.to_hf().items() if "crop" not in key}
+    return settings | {"image_processor_type": "BlipImageProcessor", "do_center_crop": False}
 
 
 def write(

@@ -53,13 +53,15 @@ def patches(size: int, channels: int = 3) -> Transform:
 class Row(NamedTuple):
     """`hf` is the name in the file; with `layers` it holds `{layer}`, and the parameter stacks on axis 0.
 
-    Several paths are parameters of one shape that the file lays end to end, on the first axis of its tensor.
+    Several paths are parameters of one shape that the file lays end to end, on the first axis of its tensor. `first`
+    is the number of the first layer, where the stack does not begin with layer 0.
     """
 
     hf: str
     path: str | tuple[str, ...]
     transform: Transform = SAME
     layers: int | None = None
+    first: int = 0
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -68,7 +70,9 @@ class Row(NamedTuple):
 
     def names(self) -> list[str]:
         """Names of all tensors of this row, in layer order."""
-        return [self.hf] if self.layers is None else [self.hf.format(layer=i) for i in range(self.layers)]
+        if self.layers is None:
+            return [self.hf]
+        return [self.hf.format(layer=self.first + i) for i in range(self.layers)]
 
     def under(self, hf_prefix: str, prefix: str) -> "Row":
         """Return the same row inside a larger model."""

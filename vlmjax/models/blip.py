@@ -181,7 +181,9 @@ class BlipRetriever(_Texts):
         self.vision_proj = nn.Dense(cfg.projection_dim, dtype=jnp.float32, kernel_init=INIT)
         self.text_proj = nn.Dense(cfg.projection_dim, dtype=jnp.float32, kernel_init=INIT)
         self.itm_head = nn.Dense(2, dtype=jnp.float32, kernel_init=INIT)
-        self.temp = self.param("temp", nn.initializers.constant(TEMPERATURE), (), jnp.float32)
+        if self.is_initializing():
+            # Read by the loss alone, as params["temp"]: momentum copies do without.
+            self.param("temp", nn.initializers.constant(TEMPERATURE), (), jnp.float32)
 
     def __call__(
         self,

@@ -4,6 +4,7 @@ Functions on trees of parameters. Nothing is left out in silence: what another m
 error, and only what is new in a form keeps its fresh values.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from vlmjax.errors import UserError
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip_tasks import BlipNlvr, twin_layers
+from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa, twin_layers
 from vlmjax.models.med import DECODER, ENCODER
 from vlmjax.models.vit import VitConfig
 from vlmjax.ops.resize import resize_positions
@@ -23,6 +24,8 @@ Params = Mapping[str, Any]
 POSITIONS = "vision_model/embeddings/position_embedding"
 # What fine-tuning adds: everything else comes from pretraining.
 _NEW = re.compile(r"cls_(dense|out)/.*|.*/merge_layer/.*")
+# What reads a question where pretraining reads an image: new where the two differ in width, as in BLIP's own code.
+_NEW_WIDTH = re.compile(r"text_decoder/.*/crossattention/self/(key|value)/kernel")
 
 
 def from_pretraining(
@@ -32,7 +35,9 @@ def from_pretraining(
 
     A BlipCaptioner and a BlipRetriever take their half of a Blip. Both ends of a BlipVqa take the one text transformer,
     both branches of a BlipNlvr's cross-attention the one that there is. Positions of images are resized where the
-    image size differs (224 in pretraining, 384 or 480 after it).
+    image size differs (224 in pretraining, 384 or 480 after it). What a form adds keeps its fresh values: the head and
+    the merging projections of a BlipNlvr, and in a BlipVqa whose tower is wider than its text the projections of what
+    the answer decoder looks at.
 
     Args:
       model: the form to begin.
@@ -45,12 +50,14 @@ def from_pretraining(
     """
     found = flatten_dict(dict(source_params), sep="/")
     start, problems = {}, []
+    other = isinstance(model, BlipVqa) and model.config.text.width != model.config.image.width
     for path, leaf in flatten_dict(dict(fresh), sep="/").items():
         there, layers = _source(model, path)
-        if there not in found:
-            if not _NEW.fullmatch(path):
-                problems.append(f"{there} is not there")
+        if _NEW.fullmatch(path) or (other and _NEW_WIDTH.fullmatch(path)):
             start[path] = leaf
+            continue
+        if there not in found:
+            problems.append(f"{there} is not there")
             continue
         value = found[there] if layers is None else found[there][layers]
         if path == POSITIONS:
@@ -141,6 +148,16 @@ def _of_bert(bert: Params, start: Mapping[str, Any], fold_token_type: bool) -> d
         if known.shape[1:] == table.shape[1:]:
             flat[path] = table.at[:rows].set(known[:rows].astype(table.dtype))
     return flat
+
+
+def resize_images(
+    model: nn.Module, params: Params, image_size: int | tuple[int, int]
+) -> tuple[nn.Module, dict[str, Any]]:
+    """The same form of BLIP for images of another size, 384 for one: positions are resized, all else is as it was."""
+    config = dataclasses.replace(model.config.image, image_size=image_size)
+    flat = flatten_dict(dict(params), sep="/")
+    flat[POSITIONS] = resize_positions(jnp.asarray(flat[POSITIONS]), model.config.image.grid, config.grid)
+    return model.clone(config=dataclasses.replace(model.config, image=config)), unflatten_dict(flat, sep="/")
 
 
 def _refuse(model: str, source: str, problems: list[str]) -> None:
