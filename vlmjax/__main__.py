@@ -6,6 +6,7 @@ COMMANDS = {
     "evaluate": "score a trained model  --model=runs/quickstart --benchmark=zeroshot --data=scenes:heldout:class",
     "generate": "text from a model      --model=FOLDER --image=a.jpg --prompt='What is this?'",
     "instruct": "write conversations    scenes --out=talk.jsonl --endpoint=URL --model=NAME",
+    "capfilt": "better captions        filter SHARDS --out=DIR --model=FOLDER",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "checkpoint": "verify, diff, average  verify runs/quickstart",
     "data.stats": "what a source holds    scenes:heldout --limit=200",

@@ -58,12 +58,13 @@ def choose(
     scores: Scores,
     seen: Bool[Array, "rows vocab"] | None,
     step: Int[Array, ""],
-    key: Key[Array, ""],
+    key: Key[Array, "*rows"],
 ) -> Int[Array, " rows"]:
-    """The likeliest token of each row after `step` new ones, or a drawn one."""
+    """The likeliest token of each row after `step` new ones, or one drawn by `key`, its own or the one of all."""
     scores = adjusted(options, scores, seen, step)
     if options.do_sample:
-        return jax.random.categorical(key, scores).astype(jnp.int32)
+        draw = jax.vmap(jax.random.categorical) if key.ndim else jax.random.categorical
+        return draw(key, scores).astype(jnp.int32)
     return jnp.argmax(scores, axis=-1).astype(jnp.int32)
 
 

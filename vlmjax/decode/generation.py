@@ -7,6 +7,7 @@ search are in beams.py.
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +19,7 @@ from vlmjax.decode import beams, loop
 from vlmjax.decode.language import Language, Params, language_of
 from vlmjax.decode.options import make_options
 from vlmjax.decode.prompts import bucket, bucketed, check_room
+from vlmjax.errors import UserError
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -27,7 +29,12 @@ def _program(language: Language, options: Any, new: int, *arguments: Any) -> Int
 
 
 def generate(
-    model: nn.Module, params: Params, *, max_new_tokens: int, seed: int = 0, **inputs_and_options: Any
+    model: nn.Module,
+    params: Params,
+    *,
+    max_new_tokens: int,
+    seed: int | Sequence[int] = 0,
+    **inputs_and_options: Any,
 ) -> Int[Array, "batch max_new_tokens"]:
     """Continue prompts.
 
@@ -38,7 +45,8 @@ def generate(
       model: a Decoder, or any model that `language.language_of` knows.
       params: its parameters, in the dtype to compute in and placed as they are to be used.
       max_new_tokens: at most so many tokens per row.
-      seed: of `do_sample`; the same seed gives the same draws.
+      seed: of `do_sample`; the same seed gives the same draws. One for each row makes a row's draws its own, whatever
+        rows it is generated with; not with beams.
       inputs_and_options: of the prompts, `input_ids` [batch, tokens], `attention_mask` like it (prompts of different
         lengths are padded on either side) and whatever else the model takes, `pixel_values` for one; and options:
         num_beams=1, do_sample=False, temperature=1.0, top_k=None, top_p=1.0, repetition_penalty=1.0,
@@ -53,9 +61,26 @@ def generate(
         model that is no language model.
     """
     language, options, inputs = opened(model, params, max_new_tokens, inputs_and_options)
-    key, limit = jax.random.key(seed), jax.device_put(np.int32(max_new_tokens))
+    key, limit = _key(seed, options, len(inputs["input_ids"])), jax.device_put(np.int32(max_new_tokens))
     out = _program(language, options, bucket(max_new_tokens), params, inputs, limit, key)
     return out[:, :max_new_tokens]
+
+
+def _key(seed: int | Sequence[int], options: Any, rows: int) -> Array:
+    """Of all rows, or of each. Raises UserError for another number of seeds than rows, or for beams of their own."""
+    if np.ndim(seed) == 0:
+        return jax.random.key(seed)
+    if np.shape(seed) != (rows,) or options.num_beams > 1:
+        raise UserError(
+            f"seed has shape {np.shape(seed)} for {rows} rows and num_beams={options.num_beams}: give one number, or "
+            "one for each row without beams"
+        )
+    return row_keys(np.asarray(seed, np.uint32))
+
+
+def row_keys(seeds: Array | np.ndarray) -> Array:
+    """One key for each seed, uint32 [rows]."""
+    return jax.vmap(jax.random.key)(seeds)
 
 
 _OPTIONS = (

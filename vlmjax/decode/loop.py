@@ -24,6 +24,7 @@ class State:
       done: rows that have ended.
       seen: tokens of prompt and answer, for a repetition penalty.
       step: how many tokens there are.
+      key: of what is drawn; with one for each row, a row's draws do not depend on the others.
     """
 
     cache: Cache
@@ -32,7 +33,7 @@ class State:
     done: Bool[Array, " rows"]
     seen: Bool[Array, "rows vocab"] | None
     step: Int[Array, ""]
-    key: Key[Array, ""]
+    key: Key[Array, "*rows"]
 
 
 def start(
@@ -41,7 +42,7 @@ def start(
     new: int,
     params: Params,
     inputs: Mapping[str, Any],
-    key: Key[Array, ""],
+    key: Key[Array, "*rows"],
 ) -> State:
     """Read the prompts and choose the first token; there is room for `new` of them."""
     cache, logits, positions = prefill(language, params, inputs, new)
@@ -61,7 +62,8 @@ def start(
 def take(options: Options, state: State, logits: Float[Array, "rows vocab"]) -> State:
     """Choose the next token of each row, padding where it has ended."""
     # A key per step, not a chain of splits: a stream and a program that runs ahead draw the same.
-    key = jax.random.fold_in(state.key, state.step)
+    fold = jax.vmap(jax.random.fold_in, (0, None)) if state.key.ndim else jax.random.fold_in
+    key = fold(state.key, state.step)
     tokens = choosing.choose(options, logits, state.seen, state.step, key)
     tokens = jnp.where(state.done, options.pad_token_id, tokens)
     out = jax.lax.dynamic_update_slice(state.out, tokens[:, None], (jnp.zeros((), jnp.int32), state.step))
@@ -87,7 +89,7 @@ def run(
     params: Params,
     inputs: Mapping[str, Any],
     limit: Int[Array, ""],
-    key: Key[Array, ""],
+    key: Key[Array, "*rows"],
 ) -> Int[Array, "rows new"]:
     """All tokens: at most `limit` per row, fewer once every row has ended."""
     state = start(language, options, new, params, inputs, key)

@@ -1,4 +1,4 @@
-"""Greedy answers to prompts with images, on every device of a mesh and from every process."""
+"""Answers to prompts with images, on every device of a mesh and from every process."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -6,9 +6,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, UInt8
+from jaxtyping import Array, Int, UInt8, UInt32
 
-from vlmjax.decode import loop
+from vlmjax.decode import beams, loop
+from vlmjax.decode.generation import row_keys
 from vlmjax.decode.language import language_of
 from vlmjax.decode.options import Options
 from vlmjax.decode.prompts import bucket
@@ -30,9 +31,11 @@ class Writer:
         @on_mesh(mesh)
         def write(options: Options, new: int, limit: int, params: Any, inputs: Mapping[str, Array]) -> Array:
             pixels = inputs["pixel_values"].astype(jnp.float32) / (255 * std) - mean / std
-            # Greedy: the key is never drawn from.
-            limits = jnp.full((), limit, jnp.int32), jax.random.key(0)
-            return loop.run(language, options, new, params, {**inputs, "pixel_values": pixels}, *limits)
+            given = {name: value for name, value in inputs.items() if name != "seeds"}
+            run = beams.run if options.num_beams > 1 else loop.run
+            key = jax.random.key(0) if options.num_beams > 1 else row_keys(inputs["seeds"])
+            limits = jnp.full((), limit, jnp.int32), key
+            return run(language, options, new, params, {**given, "pixel_values": pixels}, *limits)
 
         self._write = jax.jit(write, static_argnums=(0, 1, 2), out_shardings=replicated(mesh))
 
@@ -52,6 +55,8 @@ class Writer:
         max_new_tokens: int,
         ends: tuple[int, ...],
         pad: int,
+        seeds: UInt32[np.ndarray, " own"] | None = None,
+        **options: Any,
     ) -> Int[np.ndarray, "prompts new"]:
         """Continue a batch of prompts.
 
@@ -64,6 +69,8 @@ class Writer:
           max_new_tokens: of each answer.
           ends: tokens that end an answer.
           pad: the token after its end.
+          seeds: of this process's rows, where answers are drawn.
+          options: others of `decode.Options`, greedy without.
         """
         ids = np.full((batch_size, length), pad, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
@@ -72,10 +79,11 @@ class Writer:
             ids[row, : len(prompt)], mask[row, : len(prompt)] = prompt, 1
         own = local_rows(self.mesh, batch_size)
         rows = slice(own.start, own.stop)
-        local = {"input_ids": ids[rows], "attention_mask": mask[rows], "pixel_values": pixels}
-        options = Options(eos_token_ids=ends, pad_token_id=pad)
+        seeds = np.zeros(len(own), np.uint32) if seeds is None else seeds
+        local = {"input_ids": ids[rows], "attention_mask": mask[rows], "pixel_values": pixels, "seeds": seeds}
+        chosen = Options(eos_token_ids=ends, pad_token_id=pad, **options)
         inputs = to_global(local, self.mesh, batch_size)
-        out = self._write(options, bucket(max_new_tokens), max_new_tokens, params, inputs)
+        out = self._write(chosen, bucket(max_new_tokens), max_new_tokens, params, inputs)
         return np.asarray(out)[: len(prompts), :max_new_tokens]
 
 

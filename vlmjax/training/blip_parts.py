@@ -117,7 +117,9 @@ def import_blip(recipe: Any, model: Blip, places: Tree, fresh: Callable[[], Tree
     if recipe.init_from:
         with naming("init_from"):
             source, params = hub.load(recipe.init_from)
-        params = from_pretraining(model, jax.eval_shape(fresh), source, params)  # positions at its own image size
+        params = from_pretraining(
+            model, jax.eval_shape(fresh), source, params
+        )  # positions at its own image size
         return jax.device_put(params, places)
     parts = {}
     for key, name in (("image", recipe.model.image_from), ("text", recipe.model.text_from)):
