@@ -11,8 +11,9 @@ from jaxtyping import Array, Float, UInt8
 
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
-from vlmjax.evals.embed import _image_features, _text_features
+from vlmjax.evals.embed import image_features, text_features
 from vlmjax.evals.writing import Writer
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, make_mesh, replicated, to_global
 
@@ -44,11 +45,6 @@ class Opened:
     def pixels(self, image: Any) -> np.ndarray:
         """An image as the model takes it, not normalised yet. Raises BadRecord."""
         return self.transform(decode(image, background=self.transform.background))
-
-    def normalized(self, pixels: Array) -> Array:
-        """On the device."""
-        mean, std = (np.asarray(value, np.float32) for value in (self.transform.mean, self.transform.std))
-        return pixels.astype(jnp.float32) / (255 * std) - mean / std
 
 
 class Captioner(Opened):
@@ -125,8 +121,8 @@ class Scorer(Opened):
         @on_mesh(self.mesh)
         def scores(params: Any, pixels: Array, ids: Array, mask: Array) -> Float[Array, "pairs 2"]:
             def both(module: Any) -> Array:
-                values = self.normalized(pixels)
-                cosine = (_image_features(module, values) * _text_features(module, ids, mask)).sum(-1)
+                values = normalized(pixels, self.transform.mean, self.transform.std)
+                cosine = (image_features(module, values) * text_features(module, ids, mask)).sum(-1)
                 if not matching:
                     return jnp.stack([cosine, cosine], axis=-1)
                 logits = module.match(module.encode_image(values), ids, mask)

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
 
@@ -51,17 +52,15 @@ class Embedder:
     def __init__(self, model: Any, tokenizer: Any, transform: Any, mesh: jax.sharding.Mesh):
         """`tokenizer` and `transform` are the model's own, as `vlmjax.hub.load_processor` gives them."""
         self.tokenizer, self.transform, self.mesh = tokenizer, transform, mesh
-        std = np.asarray(transform.std, np.float32)[None, None, None, :]
-        mean = np.asarray(transform.mean, np.float32)[None, None, None, :]
 
         @on_mesh(mesh)
         def images(params: Any, pixels: jax.Array) -> jax.Array:
-            values = pixels.astype(jnp.float32) / (255 * std) - mean / std
-            return model.apply({"params": params}, values, method=_image_features).astype(jnp.float32)
+            values = normalized(pixels, transform.mean, transform.std)
+            return model.apply({"params": params}, values, method=image_features).astype(jnp.float32)
 
         @on_mesh(mesh)
         def texts(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
-            out = model.apply({"params": params}, input_ids, attention_mask, method=_text_features)
+            out = model.apply({"params": params}, input_ids, attention_mask, method=text_features)
             return out.astype(jnp.float32)
 
         self._images = jax.jit(images, out_shardings=replicated(mesh))
@@ -101,13 +100,14 @@ class Embedder:
         return np.concatenate([np.asarray(part) for part in parts])[: len(texts)]
 
 
-def _image_features(model: Any, pixels: jax.Array) -> jax.Array:
-    """In the space where images and texts are compared; models whose encoders give states project them there."""
+def image_features(model: Any, pixels: jax.Array) -> jax.Array:
+    """Of a bound model, in the space where images and texts are compared, into which BLIP projects its states."""
     out = model.encode_image(pixels)
     return model.embed_image(out) if hasattr(model, "embed_image") else out
 
 
-def _text_features(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+def text_features(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
+    """Likewise of texts."""
     out = model.encode_text(input_ids, attention_mask)
     return model.embed_text(out) if hasattr(model, "embed_text") else out
 

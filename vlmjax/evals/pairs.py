@@ -14,6 +14,7 @@ from vlmjax.data.sources import captions_of, open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals.benchmark import Benchmark, EvalResult, key_at, select
 from vlmjax.evals.embed import gather, read_batches
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
 
@@ -59,12 +60,11 @@ class MatchingEvaluator:
         shards = batch_shards(mesh)
         wanted = min(benchmark.batch_size or 64, len(self.indices))
         self.batch_size = -(-wanted // shards) * shards
-        mean, std = (np.asarray(value, np.float32) for value in (transform.mean, transform.std))
 
         @on_mesh(mesh)
         def logits(params: Any, pixels: jax.Array, ids: jax.Array, mask: jax.Array) -> jax.Array:
             def both(module: Any) -> jax.Array:
-                states = module.encode_image(pixels.astype(jnp.float32) / (255 * std) - mean / std)
+                states = module.encode_image(normalized(pixels, transform.mean, transform.std))
                 return jnp.stack([module.match(states, ids[:, k], mask[:, k]) for k in range(2)], axis=1)
 
             return model.apply({"params": params}, method=both)

@@ -13,6 +13,7 @@ from vlmjax.decode.generation import row_keys
 from vlmjax.decode.language import language_of
 from vlmjax.decode.options import Options
 from vlmjax.decode.prompts import bucket
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
 
@@ -26,11 +27,10 @@ class Writer:
     def __init__(self, model: Any, transform: Any, mesh: jax.sharding.Mesh):
         """`model` is one that `decode.generate` takes; `transform` its own EvalTransform, with `mean` and `std`."""
         self.mesh, language = mesh, language_of(model)
-        mean, std = (np.asarray(value, np.float32) for value in (transform.mean, transform.std))
 
         @on_mesh(mesh)
         def write(options: Options, new: int, limit: int, params: Any, inputs: Mapping[str, Array]) -> Array:
-            pixels = inputs["pixel_values"].astype(jnp.float32) / (255 * std) - mean / std
+            pixels = normalized(inputs["pixel_values"], transform.mean, transform.std)
             given = {name: value for name, value in inputs.items() if name != "seeds"}
             run = beams.run if options.num_beams > 1 else loop.run
             key = jax.random.key(0) if options.num_beams > 1 else row_keys(inputs["seeds"])

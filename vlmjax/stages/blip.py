@@ -15,9 +15,10 @@ from vlmjax.losses.smoothed import smoothed_cross_entropy
 from vlmjax.models import flops
 from vlmjax.models.blip import clamp_temperature
 from vlmjax.models.blip_start import momentum_part
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.mesh import batch_shards
 from vlmjax.stages.contrastive import Contrastive
-from vlmjax.stages.stage import Batch, Extra, Params, normalized
+from vlmjax.stages.stage import Batch, Extra, Params
 
 
 class BlipPretraining(Contrastive):

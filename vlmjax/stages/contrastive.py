@@ -17,8 +17,9 @@ from vlmjax.losses.choice import Choice, choose
 from vlmjax.losses.contrastive import Memory, Teacher, info_nce, make_terms
 from vlmjax.losses.sigmoid import sigmoid
 from vlmjax.models import flops
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage, normalized
+from vlmjax.stages.stage import Batch, Extra, Params, Shapes, Stage
 
 
 class Contrastive(Stage):

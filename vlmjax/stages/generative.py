@@ -16,8 +16,9 @@ from vlmjax.models import flops
 from vlmjax.models.layers import DTYPES
 from vlmjax.models.lora import LoraConfig, applied, placement, sizes, variables, with_adapters
 from vlmjax.ops.flash import choose_attention
+from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage, normalized
+from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage
 
 
 class Generative(Stage):

@@ -3,24 +3,14 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax.numpy as jnp
 from flax import linen as nn
-from jaxtyping import Array, Float, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, PRNGKeyArray
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
 Extra = Mapping[str, Any]
 Rules = Sequence[tuple[str, Any]]
 Shapes = Mapping[str, tuple[tuple[int, ...], Any]]  # of one row, and the dtype
-
-
-def normalized(
-    pixel_values: UInt8[Array, "*batch 3"], mean: Sequence[float], std: Sequence[float]
-) -> Float[Array, "*batch 3"]:
-    """(x / 255 - mean) / std on the device, so that a quarter of the bytes travel to it."""
-    shape = (1,) * (pixel_values.ndim - 1) + (3,)
-    mean, std = (jnp.asarray(value, jnp.float32).reshape(shape) for value in (mean, std))
-    return (pixel_values.astype(jnp.float32) / jnp.float32(255) - mean) / std
 
 
 class Stage:

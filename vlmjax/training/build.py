@@ -77,11 +77,13 @@ def _tokenizer_of(workdir: Workdir) -> str:
 def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     """The deterministic preprocessing of evaluation and export: shorter side to the image size, centre crop.
 
-    With `data.pad_to_square` the image is made a square before, so that all of it is seen.
+    With `data.pad_to_square` the image is made a square before, so that all of it is seen. BLIP squeezes images into
+    their shape, whatever their own is (salesforce/BLIP, data/__init__.py).
     """
+    squeezed = recipe.stage == "blip"
     return EvalTransform(
-        min(image_size),
-        image_size,
+        image_size if squeezed else min(image_size),
+        None if squeezed else image_size,
         mean=tuple(recipe.data.mean),
         std=tuple(recipe.data.std),
         background=tuple(recipe.data.background),
