@@ -31,7 +31,7 @@ def get_config(arg: str = "") -> Config:
     # COCO, Visual Genome, SBU, CC3M and CC12M (table 15)
     c.data.train = "shards/{coco,vg,sbu,cc3m,cc12m}-*.tar"
     c.data.tokenizer = "google-bert/bert-base-uncased"
-    c.data.captions = "random"
+    c.data.clean = "blip"
     c.data.augment = augmentation(crop_scale=(0.2, 1.0), flip=0.5, policy="blip(2, 5)")
 
     c.optimizer.learning_rate = 3e-4

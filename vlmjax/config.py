@@ -260,6 +260,7 @@ def recipe() -> Config:
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
     c.data.captions = "random"  # which of several: random | first | all | weights:3,1
     c.data.templates = ()  # sentences around the caption, one drawn each time: "a photo of {caption}"
+    c.data.clean = ""  # blip: captions in lower case without signs, of at most 30 words
     c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions
     c.data.background = (255, 255, 255)  # what shows through transparent pixels, RGB
     c.data.pad_to_square = (

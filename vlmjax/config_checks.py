@@ -191,9 +191,11 @@ def _check_data(c: Any) -> None:
     for name in ("threads", "processes", "cache_decoded"):
         _at_least(c.data[name], 0, f"config.data.{name}")
     try:
-        CaptionRule.parse(c.data.captions, c.data.templates)
+        CaptionRule.parse(c.data.captions, c.data.templates, c.data.clean)
     except DataError as error:
-        raise RecipeError(f"config.data.captions or config.data.templates: {error}") from None
+        raise RecipeError(
+            f"config.data.captions, config.data.templates or config.data.clean: {error}"
+        ) from None
     try:
         Augmentation.from_recipe(c.data.augment.to_dict())
     except RecipeError as error:

@@ -39,7 +39,9 @@ def tiny(c: Config) -> Config:
 
 def _tiny_blip(c: Config) -> Config:
     """Three losses on scenes of one thing, in a common space of their own."""
-    c.batch_size, c.loss.queue, c.loss.soft_targets_ramp = 32, 256, 20
+    c.batch_size = 32
+    if c.loss.momentum:
+        c.loss.queue, c.loss.soft_targets_ramp = 256, 20
     c.model.image_from = c.model.text_from = ""
     c.model.text.max_length = 24
     c.data.train = "scenes:train:single"

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from vlmjax.data.captions import CaptionRule
+from vlmjax.data.captions import CaptionRule, blip_caption
 from vlmjax.errors import BadRecord, DataError
 
 
@@ -87,3 +87,19 @@ def test_records_without_what_is_needed():
     for extra in (None, {}, {"style": ["list"]}):
         with pytest.raises(BadRecord, match="no_field"):
             CaptionRule("first", ("{style} {caption}",))(("a",), rng, extra)
+
+
+def test_captions_as_blip_reads_them():
+    """Its punctuation is not all there is: commas, hyphens and apostrophes stay."""
+    for text, clean in (
+        ('  A (small) Dog: "it\'s" here!  ', "a small dog it's here"),
+        ("Red-brown, 5 * 3 ~ #tag;  a.b", "red-brown, 5 3 tag a b"),
+        ("one " * 40, " ".join(["one"] * 30)),
+    ):
+        assert blip_caption(text) == clean
+    rule, rng = CaptionRule.parse("first", "a picture of {caption}", "blip"), np.random.default_rng(0)
+    assert rule(("A Dog.",), rng).text == "a picture of a dog"
+    with pytest.raises(BadRecord, match="no_caption"):
+        rule(("!!!",), rng)
+    with pytest.raises(DataError, match="clean='lower' is neither"):
+        CaptionRule.parse("first", (), "lower")

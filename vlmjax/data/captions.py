@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,6 +12,7 @@ import numpy as np
 from vlmjax.errors import BadRecord, DataError
 
 CHOICES = "'random', 'first', 'all', or weights such as 'weights:3,1'"
+_SIGNS = re.compile(r"""[.!"()*#:;~]""")
 _HOW = "'a photo of {caption}' names the caption, {{ and }} are braces"
 
 
@@ -32,10 +34,12 @@ class CaptionRule:
             fewer shares its weights among those it has.
         templates: one is drawn each time. `{caption}` stands for the caption, any other name for that field of the
             record's `extra`: "a {style} drawing of {caption}". None leaves the caption as it is.
+        clean: "blip" for captions as BLIP reads them, see `blip_caption`; "" leaves them alone.
     """
 
     choice: str = "random"
     templates: tuple[str, ...] = ()
+    clean: str = ""
 
     def __post_init__(self):
         """Raises DataError for a choice or a template that means nothing."""
@@ -43,15 +47,17 @@ class CaptionRule:
             _weights(self.choice)
         for template in self.templates:
             _check_template(template)
+        if self.clean not in ("", "blip"):
+            raise DataError(f"clean={self.clean!r} is neither 'blip' nor empty")
 
     @classmethod
-    def parse(cls, choice: str, templates: str | Sequence[Any] = ()) -> "CaptionRule":
+    def parse(cls, choice: str, templates: str | Sequence[Any] = (), clean: str = "") -> "CaptionRule":
         """From the strings of a recipe; one template needs no list. Raises DataError."""
         if not isinstance(templates, str) and not all(isinstance(one, str) for one in templates):
             odd = next(one for one in templates if not isinstance(one, str))
             raise DataError(f"template {odd!r} is a {type(odd).__name__}, not a string; {_HOW}")
         given = ([templates] if templates else []) if isinstance(templates, str) else templates
-        return cls(choice, tuple(given))
+        return cls(choice, tuple(given), clean)
 
     def __call__(
         self, captions: Sequence[str], rng: np.random.Generator, extra: Mapping[str, Any] | None = None
@@ -64,6 +70,10 @@ class CaptionRule:
         if not captions:
             raise BadRecord("no_caption")
         caption = self._choose(captions, rng)
+        if self.clean:
+            caption = blip_caption(caption)
+            if not caption:
+                raise BadRecord("no_caption", detail="nothing of it is left without its signs")
         if not self.templates:
             return Text(caption, caption)
         which = int(rng.integers(len(self.templates))) if len(self.templates) > 1 else 0
@@ -80,6 +90,11 @@ class CaptionRule:
         if not ends[-1]:  # the captions it has are those never wanted
             raise BadRecord("no_caption", detail=f"{len(captions)} captions, none of them has a weight")
         return captions[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]
+
+
+def blip_caption(text: str, words: int = 30) -> str:
+    """A caption in lower case, its signs made blanks, cut after so many words (salesforce/BLIP, data/utils.py)."""
+    return " ".join(_SIGNS.sub(" ", text.lower()).split()[:words])
 
 
 @functools.lru_cache

@@ -33,6 +33,7 @@ class Examples:
         seed: int = 0,
         captions: str = "random",
         templates: str | Sequence[str] = (),
+        clean: str = "",
         background: tuple[int, int, int] = (255, 255, 255),
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
@@ -41,7 +42,7 @@ class Examples:
         """See `pipeline.TrainData`."""
         self.source, self._generators = source, plan.Generators(seed)
         self._transform, self._tokenizer = image_transform, tokenizer
-        self._rule = CaptionRule.parse(captions, templates)
+        self._rule = CaptionRule.parse(captions, templates, clean)
         alpha = getattr(image_transform, "needs_alpha", False)
         lazy = cache_decoded is None and getattr(image_transform, "takes_jpegs", False)
         # Not a function of its own: worker processes get all of this pickled.

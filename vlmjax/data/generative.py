@@ -103,6 +103,7 @@ class GenerativeExamples:
         seed: int = 0,
         captions: str = "random",
         templates: str | Sequence[str] = (),
+        clean: str = "",
         background: tuple[int, int, int] = (255, 255, 255),
         max_pixels: int = images.MAX_PIXELS,
     ):
@@ -111,7 +112,7 @@ class GenerativeExamples:
         self._transform, self._pieces = image_transform, pieces.Pieces(tokenizer)
         # A template that cannot be used is a mistake of the recipe, not of every record.
         pieces.rendered(conversation.from_caption("a", "q"), rows.template, self._pieces, system=rows.system)
-        self._rule = CaptionRule.parse(captions, templates)
+        self._rule = CaptionRule.parse(captions, templates, clean)
         self._needs_extra = bool(self._rule.templates)
         lazy = getattr(image_transform, "takes_jpegs", False)
         self._decode = functools.partial(

@@ -90,6 +90,7 @@ class TrainData:
         max_bad_share: float = 0.01,
         captions: str = "random",
         templates: str | Sequence[str] = (),
+        clean: str = "",
         background: tuple[int, int, int] = (255, 255, 255),
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
@@ -115,6 +116,7 @@ class TrainData:
             max_bad_share: more unusable records than this share stop the run.
             captions: which of an example's captions, anew each time: see captions.CaptionRule.
             templates: sentences around the caption, one drawn each time: "a photo of {caption}".
+            clean: how captions are tidied before: see captions.CaptionRule.
             background: colour behind transparent pixels.
             max_pixels: larger images are refused unread.
             cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
@@ -144,6 +146,7 @@ class TrainData:
             "seed": seed,
             "captions": captions,
             "templates": templates,
+            "clean": clean,
             "background": background,
             "max_pixels": max_pixels,
         }

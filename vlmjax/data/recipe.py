@@ -154,6 +154,7 @@ def train_data(
         "max_bad_share": data.max_bad_share,
         "captions": data.captions,
         "templates": data.templates,
+        "clean": data.clean,
         "background": background,
         "cache_decoded": data.cache_decoded or None,
     }

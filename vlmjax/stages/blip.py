@@ -108,16 +108,20 @@ class BlipPretraining(Contrastive):
         extra: Extra,
         rng: PRNGKeyArray | None = None,
     ) -> tuple[Float[Array, ""], dict[str, Array]]:
-        """The weighted sum of the three losses, and each of them."""
+        """The weighted sum of the three losses, and each of them; what has no weight is not computed but for ITC."""
         rng = jax.random.key(0) if rng is None else rng
         drawing, matching, writing = jax.random.split(rng, 3)
         itc, metrics = super().head(params, features, batch, extra)
         metrics.pop("logit_scale")
-        itm, matched = self._matching(params, features, batch, drawing, matching)
-        lm = self._writing(params, features["image_states"], batch, writing)
         weights = self.loss_config
-        total = weights["itc"] * itc + weights["itm"] * itm + weights["lm"] * lm
-        metrics |= {"itc_loss": itc, "itm_loss": itm, "lm_loss": lm, "temperature": params["temp"], **matched}
+        total = weights["itc"] * itc
+        metrics |= {"itc_loss": itc, "temperature": params["temp"]}
+        if weights["itm"]:
+            itm, matched = self._matching(params, features, batch, drawing, matching)
+            total, metrics = total + weights["itm"] * itm, {**metrics, "itm_loss": itm, **matched}
+        if weights["lm"]:
+            lm = self._writing(params, features["image_states"], batch, writing)
+            total, metrics = total + weights["lm"] * lm, {**metrics, "lm_loss": lm}
         if self.loss_config["soft_targets"]:
             metrics["soft_targets"] = self.soft_share(extra)
         return total, metrics

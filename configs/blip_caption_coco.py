@@ -1,0 +1,15 @@
+"""BLIP writes captions of COCO (2201.12086, section 5.2): the captioner of CapFilt, scored.
+
+`python -m vlmjax.evaluate --benchmark=caption --prompt="a picture of "` on Karpathy's test split gives BLEU-4 and CIDEr.
+"""
+
+from vlmjax.config import Config, beside, choose, evaluation
+
+
+def get_config(arg: str = "") -> Config:
+    """The recipe; `:tiny` is the same at laptop size, on scenes."""
+    c = beside(__file__, "blip_capfilt_captioner.py")
+    c.evals.coco = evaluation(
+        "caption", "", prompt="a picture of ", max_new_tokens=20
+    )  # its data: the test split
+    return choose(c, arg)
