@@ -14,12 +14,11 @@ from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import (
     Blip,
     BlipCaptioner,
-    BlipConfig,
     BlipRetriever,
-    blip_config,
     clamp_temperature,
     example_inputs,
 )
+from vlmjax.models.blip_config import BlipConfig, blip_config
 from vlmjax.models.blip_start import from_pretraining, from_towers, momentum_part, resize_images
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import ClipVision
