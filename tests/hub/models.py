@@ -9,7 +9,8 @@ import numpy as np
 
 from vlmjax.hub import folder
 from vlmjax.models.bert import Bert, BertConfig
-from vlmjax.models.blip import BlipCaptioner, BlipConfig, BlipRetriever
+from vlmjax.models.blip import BlipCaptioner, BlipRetriever
+from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.blip_tasks import BlipVqa
 from vlmjax.models.clip import Clip, ClipConfig, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder, DecoderConfig

@@ -18,7 +18,8 @@ from vlmjax import hub
 from vlmjax.errors import HubError
 from vlmjax.hub import lavis, table, torch_file
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import Blip, BlipCaptioner, BlipConfig, BlipRetriever
+from vlmjax.models.blip import Blip, BlipCaptioner, BlipRetriever
+from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.vit import VitConfig
 

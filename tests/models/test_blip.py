@@ -14,17 +14,18 @@ from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import (
     Blip,
     BlipCaptioner,
-    BlipConfig,
     BlipRetriever,
-    blip_config,
     clamp_temperature,
     example_inputs,
 )
+from vlmjax.models.blip_config import BlipConfig, blip_config
 from vlmjax.models.blip_start import from_pretraining, from_towers, momentum_part, resize_images
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import ClipVision
 from vlmjax.models.med import first_token
 from vlmjax.models.vit import Vit, VitConfig, drop_path
+from vlmjax.sharding.activations import on_mesh
+from vlmjax.sharding.mesh import batch_sharding, make_mesh, replicated
 
 VIT = VitConfig(
     width=40, depth=3, heads=5, mlp_dim=56, image_size=16, patch_size=8, activation="gelu", class_token=True,
@@ -135,6 +136,28 @@ def test_sizes_of_the_papers_models(size, whole, captioner):
     assert config.image.drop_path == (0.1 if size == "large" else 0.0)
     with pytest.raises(RecipeError, match="'huge'"):
         blip_config("huge")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (2, 2, 2)])
+def test_eight_devices_compute_what_one_does(sizes, params):
+    mesh = make_mesh(*sizes)
+    rows = [np.concatenate([x, x, x])[:8] for x in (images(3, 16, 16), IDS, MASK)]
+
+    def everything(module, pixels, ids, mask):
+        states = module.encode_image(pixels)
+        written = module.logits(module.decode_text(states, ids, mask))
+        return module.match(states, ids, mask), written, module.embed_text(module.encode_text(ids, mask))
+
+    def run(params, *inputs):
+        return Blip(CONFIG).apply({"params": params}, *inputs, method=everything)
+
+    expected = jax.jit(run)(params, *rows)
+    placed = jax.device_put(rows, batch_sharding(mesh))
+    found = jax.jit(on_mesh(mesh)(run))(jax.device_put(params, replicated(mesh)), *placed)
+    for one, other in zip(expected, found, strict=True):
+        assert not other.is_fully_replicated
+        np.testing.assert_allclose(np.asarray(other), np.asarray(one), atol=1e-5)
 
 
 # ---- stochastic depth

@@ -187,7 +187,7 @@ def _of(
 
 
 def repeat_rows(cache: Cache, times: int) -> Cache:
-    """Each row several times, copies side by side."""
+    """Each row several times, copies side by side. What they look at beside it (`cache.crossed`) they share."""
     return cache.replace(
         k=jnp.repeat(cache.k, times, axis=1),
         v=jnp.repeat(cache.v, times, axis=1),

@@ -35,7 +35,7 @@ DEFAULTS = {
 _NO_PADDING = -1  # `pad_token_id: null`: no row of the word table is held still, and no id is -1
 
 # Google's release named the norms' parameters gamma and beta; the first files on the hub still do.
-_OLD_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
+OLD_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
 def attention_rows(theirs: str, ours: str, layers: int) -> list[Row]:
@@ -63,6 +63,12 @@ def encoder_rows(config: BertConfig, attentions: Mapping[str, str]) -> list[Row]
         rows += attention_rows(f"{hf}.{theirs}", f"{path}/{ours}", layers)
     rows += linear(f"{hf}.intermediate.dense", f"{path}/intermediate/dense", layers=layers)
     return rows + join_rows(f"{hf}.output", f"{path}/output", layers)
+
+
+def language_head_rows(hf: str, path: str) -> list[Row]:
+    """Rows of what makes words of states (`cls.predictions`); its last kernel is the word embedding."""
+    rows = linear(f"{hf}.transform.dense", f"{path}dense")
+    return rows + norm(f"{hf}.transform.LayerNorm", f"{path}LayerNorm") + [Row(f"{hf}.bias", f"{path}bias")]
 
 
 def bert_rows(config: BertConfig) -> list[Row]:
@@ -144,7 +150,7 @@ BERT = Family(
     to_model=lambda config: Bert(to_bert(config)),
     to_config=lambda m: from_bert(m.config),
     rows=lambda m: bert_rows(m.config),
-    names=Names(((r"^bert\.", ""), *_OLD_NORMS), (r"embeddings\.(position_ids|token_type_ids)",)),
+    names=Names(((r"^bert\.", ""), *OLD_NORMS), (r"embeddings\.(position_ids|token_type_ids)",)),
     inputs=lambda m: {"input_ids": np.zeros((1, 1), np.int32)},
     within={"BertForPreTraining": (r"cls\..*",), "BertForMaskedLM": (r"cls\..*",)},
     processor=None,
@@ -155,7 +161,7 @@ DUAL_ENCODER = Family(
     to_config=_from_dual,
     rows=_dual_rows,
     names=Names(
-        ((r"^vision_model\.(?!vision_model\.)", "vision_model.vision_model."), *_OLD_NORMS),
+        ((r"^vision_model\.(?!vision_model\.)", "vision_model.vision_model."), *OLD_NORMS),
         (
             r"vision_model\.vision_model\.embeddings\.position_ids",
             r"text_model\.embeddings\.(position_ids|token_type_ids)",

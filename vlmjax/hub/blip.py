@@ -11,13 +11,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlmjax.errors import HubError
-from vlmjax.hub.bert import attention_rows, encoder_rows
+from vlmjax.hub.bert import attention_rows, encoder_rows, language_head_rows
 from vlmjax.hub.clip import sizes_of, tower
 from vlmjax.hub.family import Family, activation, note_training_only, only, require
 from vlmjax.hub.table import Names, Row, batched, linear, norm, patches
 from vlmjax.models import blip_tasks
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import TEMPERATURE, Blip, BlipCaptioner, BlipConfig, BlipRetriever, example_inputs
+from vlmjax.models.blip import Blip, BlipCaptioner, BlipRetriever, example_inputs
+from vlmjax.models.blip_config import TEMPERATURE, BlipConfig
 from vlmjax.models.blip_tasks import BlipVqa
 from vlmjax.models.med import DECODER, ENCODER
 from vlmjax.models.vit import VitConfig
@@ -74,6 +75,7 @@ FORM = {"class_token": True, "pre_norm": False, "patch_bias": True, "pool": "non
 # Our own keys: the token with which a text that is read with an image begins, where it is not its own; and that the
 # decoder of pretraining is in a file beside.
 ENC_KEY, FORM_KEY, PRETRAINING = "vlmjax_enc_token_id", "vlmjax_form", "pretraining"
+_HEAD = "text_decoder.cls.predictions"
 _CROSS = {"crossattention": "crossattention"}
 
 
@@ -186,15 +188,7 @@ def encoding_rows(config: BertConfig, path: str = "text_model/") -> list[Row]:
 def writing_rows(config: BertConfig, path: str = "text_model/") -> list[Row]:
     """Rows of a text transformer that writes."""
     rows = encoder_rows(config, {"attention": DECODER} | _CROSS)
-    return [row.under("text_decoder.bert.", path) for row in rows] + head_rows(path)
-
-
-def head_rows(path: str) -> list[Row]:
-    """Rows of what makes words of states; the last kernel is the word embedding."""
-    head, ours = "text_decoder.cls.predictions", f"{path}head"
-    rows = linear(f"{head}.transform.dense", f"{ours}/dense")
-    rows += norm(f"{head}.transform.LayerNorm", f"{ours}/LayerNorm")
-    return [*rows, Row(f"{head}.bias", f"{ours}/bias")]
+    return [row.under("text_decoder.bert.", path) for row in rows] + language_head_rows(_HEAD, f"{path}head/")
 
 
 def contrast_rows() -> list[Row]:
@@ -205,7 +199,7 @@ def contrast_rows() -> list[Row]:
 def decoder_rows(config: BertConfig) -> list[Row]:
     """Rows of what a model in pretraining has beside its retrieval half."""
     hf, path = "text_decoder.bert.encoder.layer.{layer}.attention", f"text_model/encoder/layer/{DECODER}"
-    return attention_rows(hf, path, config.depth) + head_rows("text_model/")
+    return attention_rows(hf, path, config.depth) + language_head_rows(_HEAD, "text_model/head/")
 
 
 def retrieval_rows(model: BlipRetriever) -> list[Row]:
@@ -228,9 +222,8 @@ def names_of(rows: list[Row]) -> frozenset[str]:
 
 def _tied(_: Any) -> dict[str, str]:
     """Copies of the word embedding and of the head's bias that files hold."""
-    head = "text_decoder.cls.predictions"
     words = "text_decoder.bert.embeddings.word_embeddings.weight"
-    return {f"{head}.decoder.weight": words, f"{head}.decoder.bias": f"{head}.bias"}
+    return {f"{_HEAD}.decoder.weight": words, f"{_HEAD}.decoder.bias": f"{_HEAD}.bias"}
 
 
 # ---- families

@@ -23,7 +23,8 @@ from vlmjax.hub.safetensors import Weights
 from vlmjax.hub.table import Names, Row, linear, norm
 from vlmjax.models import blip_tasks
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import TEMPERATURE, Blip, BlipCaptioner, BlipConfig, BlipRetriever, example_inputs
+from vlmjax.models.blip import Blip, BlipCaptioner, BlipRetriever, example_inputs
+from vlmjax.models.blip_config import TEMPERATURE, BlipConfig
 from vlmjax.models.blip_start import resize_images
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa, twin_layers
 from vlmjax.models.layers import DTYPES

@@ -8,7 +8,6 @@ Calling a model is calling the transformers class of its form: token ids are tak
 paper's: `encode_multimodal` begins a text with [ENC], `decode_text` with [DEC].
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,79 +17,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from vlmjax.errors import RecipeError, UserError
-from vlmjax.models.bert import INIT, BertConfig
+from vlmjax.errors import RecipeError
+from vlmjax.models.bert import INIT
+from vlmjax.models.blip_config import TEMPERATURE, TEMPERATURES, BlipConfig
+from vlmjax.models.blip_inputs import blank, check_images, open_prompt
 from vlmjax.models.layers import Ids
 from vlmjax.models.med import Med, first_token
 from vlmjax.models.outputs import BlipFeatures
-from vlmjax.models.vit import Vit, VitConfig, check_pixels
+from vlmjax.models.vit import Vit
 from vlmjax.ops.norms import l2_normalize
 from vlmjax.sharding.activations import constrain
 
 Pixels = Float[Array | np.ndarray, "batch height width channels"]
 ImageStates = Float[Array, "images states image_width"]
-# Where the temperature starts, and between what training holds it (salesforce/BLIP, models/blip_pretrain.py).
-TEMPERATURE, TEMPERATURES = 0.07, (0.001, 0.5)
 MODES = ("image", "text", "multimodal")
-
-
-@dataclasses.dataclass(frozen=True)
-class BlipConfig:
-    """An image tower, a text transformer, and what joins them.
-
-    Attributes:
-      image: a tower whose states are all normalised: class token, pool "none".
-      text: without token types.
-      projection_dim: of the space in which images and texts are compared.
-      bos_token_id: [DEC], with which a text that is to be written begins.
-      enc_token_id: [ENC], with which a text that is read with an image begins; None leaves its first token, as
-        transformers does.
-      sep_token_id: [SEP], which ends a text.
-      label_smoothing: of the language loss, 0.1 in the paper. The model does not use it; its folder says it.
-    """
-
-    image: VitConfig
-    text: BertConfig
-    projection_dim: int = 256
-    bos_token_id: int = 30522
-    enc_token_id: int | None = 30523
-    sep_token_id: int = 102
-    label_smoothing: float = 0.1
-
-    def __post_init__(self):
-        """Refuse what cannot be built."""
-        image = self.image
-        if not image.class_token or image.pre_norm or not image.patch_bias or image.pool != "none":
-            raise RecipeError(
-                "BlipConfig.image is no tower of BLIP: it has class_token, patch_bias, no pre_norm and pool='none' "
-                "(`blip_vit` gives them)"
-            )
-        if self.text.type_vocab_size is not None:
-            raise RecipeError(
-                f"BlipConfig.text has {self.text.type_vocab_size} token types, BLIP has none: type_vocab_size=None"
-            )
-        if self.projection_dim < 1:
-            raise RecipeError(f"BlipConfig.projection_dim is {self.projection_dim}; give a positive number")
-        for field in ("bos_token_id", "enc_token_id", "sep_token_id"):
-            value = getattr(self, field)
-            if value is not None and not 0 <= value < self.text.vocab_size:
-                raise RecipeError(f"BlipConfig.{field} is {value}; the vocabulary has {self.text.vocab_size}")
-
-
-def blip_vit(size: str = "base", image_size: int = 224, **changes: Any) -> VitConfig:
-    """BLIP's image tower: `base` is ViT-B/16, `large` ViT-L/16, which BLIP trains with a stochastic depth of 0.1."""
-    if size not in ("base", "large"):
-        raise RecipeError(f"BLIP's image tower of size {size!r} is not known; choose base or large")
-    sizes = (768, 12, 12, 3072) if size == "base" else (1024, 24, 16, 4096)
-    form = {"activation": "gelu", "layer_norm_eps": 1e-6, "class_token": True, "pre_norm": False}
-    form |= {"patch_bias": True, "pool": "none", "init": "normal", "drop_path": 0.1 * (size == "large")}
-    return VitConfig(*sizes, image_size=image_size, patch_size=16, **(form | changes))
-
-
-def blip_config(size: str = "base", image_size: int = 224, **changes: Any) -> BlipConfig:
-    """BLIP with ViT-B/16 or ViT-L/16 and a text transformer of BERT-base's shape; `changes` are BlipConfig's fields."""
-    text = BertConfig(768, 12, 12, 3072, vocab_size=30524, type_vocab_size=None)
-    return BlipConfig(**({"image": blip_vit(size, image_size), "text": text} | changes))
 
 
 class Images(nn.Module):
@@ -283,37 +223,6 @@ def _unit(projection: nn.Dense, states: Float[Array, "*rows width"]) -> Float[Ar
     return l2_normalize(constrain(projected, "batch", *[None] * (projected.ndim - 1)))
 
 
-def open_prompt(inputs: Mapping[str, Any], config: BlipConfig) -> dict[str, np.ndarray]:
-    """input_ids and attention_mask of texts that begin with [DEC] and are not closed by [SEP], which is masked."""
-    ids = inputs.get("input_ids")
-    if ids is None:
-        ids = np.full((len(inputs["pixel_values"]), 1), config.bos_token_id, np.int32)
-        return {"input_ids": ids, "attention_mask": np.ones_like(ids)}
-    ids = np.array(ids, np.int32)  # a copy: the caller's own stays as it is
-    mask = np.array(inputs.get("attention_mask", np.ones_like(ids)), np.int32)
-    if mask.shape != ids.shape or ids.ndim != 2:
-        return {
-            "input_ids": ids,
-            "attention_mask": mask,
-        }  # refused, with all shapes, where prompts are checked
-    rows, real = np.arange(len(ids)), mask != 0
-    last = ids.shape[1] - 1 - np.argmax(real[:, ::-1], axis=1)
-    closed = (ids[rows, last] == config.sep_token_id) & (real.sum(axis=1) > 1)
-    mask[rows[closed], last[closed]] = 0
-    ids[rows, np.argmax(real, axis=1)] = config.bos_token_id
-    return {"input_ids": ids, "attention_mask": mask}
-
-
-def check_images(inputs: Mapping[str, Any], config: BlipConfig) -> None:
-    """Raise UserError, on the host, unless there is one image for each text."""
-    pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")
-    if pixels is None:
-        raise UserError("pixel_values is missing; give one normalised image for each text")
-    check_pixels(pixels, config.image.patch_size)
-    if ids is not None and len(ids) != len(pixels):
-        raise UserError(f"{len(ids)} texts and {len(pixels)} images; give one image for each text")
-
-
 def clamp_temperature(params: Mapping[str, Any]) -> dict[str, Any]:
     """Parameters with the temperature, `temp`, held within TEMPERATURES, as BLIP holds it before every step."""
     return {**params, "temp": jnp.clip(params["temp"], *TEMPERATURES)}
@@ -331,8 +240,3 @@ def example_inputs(model: nn.Module) -> dict[str, Any]:
             module.logits(module.decode_text(states, ids))
 
     return {"method": everything}
-
-
-def blank(config: BlipConfig) -> tuple[np.ndarray, np.ndarray]:
-    """A blank image and a text of one token."""
-    return np.zeros((1, *config.image.image_shape, 3), np.float32), np.zeros((1, 1), np.int32)

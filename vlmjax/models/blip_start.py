@@ -88,18 +88,20 @@ def from_towers(
     *,
     image: tuple[VitConfig, Params] | None = None,
     text: tuple[BertConfig, Params] | None = None,
+    head: Params | None = None,
     fold_token_type: bool = False,
 ) -> dict[str, Any]:
     """Parameters for pretraining, begun with those of a ViT and of a BERT.
 
     BLIP takes ViT-B/16 of DeiT or ViT-L/16 of AugReg, and BERT-base (2201.12086, section 4.1). Self-attention of
-    encoder and decoder both begin as BERT's; cross-attention, head and the rows of [DEC] and [ENC] stay fresh.
+    encoder and decoder both begin as BERT's; cross-attention and the rows of [DEC] and [ENC] stay fresh.
 
     Args:
       model: a Blip, BlipCaptioner or BlipRetriever.
       fresh: its parameters as `init` gives them.
       image: configuration and parameters of a ClipVision, as `hub.load` gives it of a ViTModel; None: fresh.
       text: of a Bert, as `hub.load` gives it of a BertModel; None: fresh.
+      head: of a BERT that fills in masked words, as `hub.bert_head.load_head` reads it; the decoder begins with it.
       fold_token_type: add BERT's first token type to its positions, so that texts are encoded exactly as BERT does.
         BLIP drops it.
 
@@ -125,6 +127,9 @@ def from_towers(
     if text is not None:
         for path, value in _of_bert(text[1], start, fold_token_type).items():
             put(path, value)
+    if head is not None:
+        for path, value in flatten_dict({"text_model": {"head": dict(head)}}, sep="/").items():
+            put(path, _grown(value, start.get(path)) if path.endswith("head/bias") else value)
     _refuse(type(model).__name__, "the towers", problems)
     return unflatten_dict(start, sep="/")
 
@@ -143,11 +148,16 @@ def _of_bert(bert: Params, start: Mapping[str, Any], fold_token_type: bool) -> d
             flat |= {path.replace(ENCODER, name, 1): value for path, value in own.items()}
     for name in ("word_embeddings", "position_embeddings"):
         path = f"text_model/embeddings/{name}"
-        known, table = jnp.asarray(flat[path]), jnp.asarray(start[path])
-        rows = min(known.shape[0], table.shape[0])
-        if known.shape[1:] == table.shape[1:]:
-            flat[path] = table.at[:rows].set(known[:rows].astype(table.dtype))
+        flat[path] = _grown(flat[path], start.get(path))
     return flat
+
+
+def _grown(known: Any, table: Any) -> Any:
+    """A table with the rows that are known in front, as far as it reaches."""
+    if table is None or known.shape[1:] != table.shape[1:]:
+        return known
+    rows = min(known.shape[0], table.shape[0])
+    return jnp.asarray(table).at[:rows].set(jnp.asarray(known)[:rows].astype(table.dtype))
 
 
 def resize_images(

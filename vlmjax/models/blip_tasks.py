@@ -18,7 +18,8 @@ from vlmjax.models.bert import (
     BertIntermediate,
     BertJoin,
 )
-from vlmjax.models.blip import Images, ImageStates, Pixels, blank, check_images
+from vlmjax.models.blip import Images, ImageStates, Pixels
+from vlmjax.models.blip_inputs import blank, check_images
 from vlmjax.models.layers import DTYPES, Ids, LayerNorm, check_length, stack, stream
 from vlmjax.models.med import Med, first_token
 from vlmjax.ops.attention import padding_mask
