@@ -1,6 +1,6 @@
 """BLIP writes captions of COCO (2201.12086, section 5.2): the captioner of CapFilt, scored.
 
-`python -m vlmjax.evaluate --benchmark=caption --prompt="a picture of "` on Karpathy's test split gives BLEU-4 and CIDEr.
+Scored on Karpathy's test split by `python -m vlmjax.evaluate --benchmark=caption --prompt="a picture of "`.
 """
 
 from vlmjax.config import Config, beside, choose, evaluation

@@ -9,7 +9,8 @@ from vlmjax.data import bpe, text
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.recipe import DEC, ENC
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import Blip, BlipConfig, example_inputs
+from vlmjax.models.blip import Blip, example_inputs
+from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.vit import VitConfig
 
 WORDS = ["a red star", "a blue circle on grey", "two green hearts", "a picture of a ring"] * 5

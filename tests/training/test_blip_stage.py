@@ -15,7 +15,8 @@ from vlmjax.errors import RecipeError
 from vlmjax.losses.contrastive import Memory
 from vlmjax.losses.matching import draw_negatives
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import TEMPERATURES, Blip, BlipConfig, blip_vit
+from vlmjax.models.blip import Blip
+from vlmjax.models.blip_config import TEMPERATURES, BlipConfig, blip_vit
 from vlmjax.models.blip_start import momentum_part
 from vlmjax.sharding.mesh import make_mesh, to_global
 from vlmjax.stages.blip import BlipPretraining

@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import BlipConfig
+from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.clip import ClipConfig
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig

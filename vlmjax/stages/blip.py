@@ -81,10 +81,6 @@ class BlipPretraining(Contrastive):
 
     def keys(self, momentum: Params, batch: Batch) -> dict[str, Float[Array, "batch width"]]:
         """Features by the momentum encoder, which drops nothing."""
-        momentum = {
-            "temp": jnp.float32(1.0),
-            **momentum,
-        }  # the module has one, which features do not depend on
         _, embeds = jax.lax.stop_gradient(self._seen(momentum, batch, False, None))
         return {"image_keys": embeds["image_embeds"], "text_keys": embeds["text_embeds"]}
 

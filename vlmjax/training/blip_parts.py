@@ -12,7 +12,8 @@ from vlmjax.data import text
 from vlmjax.data.recipe import DEC, ENC, naming
 from vlmjax.errors import RecipeError, UserError
 from vlmjax.models.bert import Bert, BertConfig
-from vlmjax.models.blip import Blip, BlipConfig
+from vlmjax.models.blip import Blip
+from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.blip_start import from_pretraining, from_towers
 from vlmjax.models.clip import ClipVision
 from vlmjax.models.vit import VitConfig

@@ -20,7 +20,8 @@ from vlmjax.data.recipe import naming, open_tokenizer, special_tokens, tokenizer
 from vlmjax.data.sources import Source
 from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import Blip, BlipConfig
+from vlmjax.models.blip import Blip
+from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
