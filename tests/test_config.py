@@ -464,7 +464,9 @@ def test_benchmarks_belong_to_stages():
         c = config.tiny(config.recipe())
         c.stage, c.evals = stage, config.Config({"x": config.evaluation(benchmark, "scenes")})
         c.data.max_length = 512
-        with pytest.raises(RecipeError, match=f"config.evals.x.benchmark='{benchmark}' is not for stage '{stage}'"):
+        with pytest.raises(
+            RecipeError, match=f"config.evals.x.benchmark='{benchmark}' is not for stage '{stage}'"
+        ):
             config.validate(c)
     c = config.tiny(config.recipe())
     c.evals.zeroshot.blind = True

@@ -118,7 +118,7 @@ def test_a_report_of_what_was_found(model, tmp_path):
     ("arguments", "message"),
     [
         (["--benchmark=retrieval", "--data=x"], "--model is not given"),
-        (["--model=m", "--benchmark=caption", "--data=x"], "--benchmark=caption"),
+        (["--model=m", "--benchmark=captions", "--data=x"], "--benchmark=captions"),
         (["--model=m", "--benchmark=zeroshot", "--data=x", "--class=y"], "Unknown command line flag 'class'"),
         (["--model=m", "--benchmark=zeroshot", "--data=a", "b.tar"], "unexpected argument 'b.tar'"),
         (["--model=m", "--benchmark=zeroshot", "--data=a", "--batch_size=0"], "batch_size"),

@@ -231,6 +231,7 @@ def test_killed_ten_times_with_two_processes(folder, tmp_path):
         for process, one in list(running.items()):
             if one.poll() is not None:
                 assert one.returncode == 0, one.stderr.read().decode()
+                one.stderr.close()
                 del running[process]
             elif (
                 kills < 10 and one.stderr.readline() and rng.random() < 0.5
@@ -238,6 +239,7 @@ def test_killed_ten_times_with_two_processes(folder, tmp_path):
                 time.sleep(rng.random() * 0.05)
                 one.send_signal(signal.SIGKILL)
                 one.wait()
+                one.stderr.close()
                 kills += 1
                 running[process] = start(process)
     assert kills == 10

@@ -140,7 +140,7 @@ def test_micro_batches_hold_every_row_once(params):
         def encode(self, p, part, _):
             return {"x": p["w"] * part["input_ids"][:, :1].astype(jnp.float32)}
 
-        def head(self, p, features, whole, extra):
+        def head(self, p, features, whole, extra, rng=None):
             weight = jnp.arange(BATCH, dtype=jnp.float32)[:, None]
             return (weight * features["x"]).sum() + p["w"] * 3.0, {}
 
@@ -221,7 +221,7 @@ class Halves(Stage):
         x = batch["x"]
         return {"good": params["good"]["w"] * x, "bad": jnp.sqrt(params["bad"]["w"] * x)}
 
-    def head(self, params, features, batch, extra):
+    def head(self, params, features, batch, extra, rng=None):
         return features["good"].sum() + features["bad"].sum(), {}
 
 
@@ -273,7 +273,7 @@ class Line(Stage):
     def encode(self, params, batch, rng):
         return {"y": params["w"] * batch["x"]}
 
-    def head(self, params, features, batch, extra):
+    def head(self, params, features, batch, extra, rng=None):
         return jnp.square(features["y"] - 3.0).sum(), {}
 
 

@@ -51,7 +51,7 @@ class BlipPretraining(Contrastive):
         weights = ", ".join(f"{name.upper()} x {loss[name]:g}" for name in ("itc", "itm", "lm"))
         return f"{weights}; ITC: {super().describe()}; negatives {loss['itm_negatives']}"
 
-    def train_flops(self, batch: Batch, trained: Params) -> int:
+    def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
         rows, tokens = batch["input_ids"].shape
         return flops.blip_train_flops(

@@ -82,7 +82,7 @@ class Contrastive(Stage):
             "valid": ((), jnp.bool_),
         }
 
-    def train_flops(self, batch: Batch, trained: Params) -> int:
+    def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
         towers = {"image": "vision_model", "text": "text_model"}
         locked = [tower for tower, group in towers.items() if group not in trained]

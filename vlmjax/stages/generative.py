@@ -83,7 +83,7 @@ class Generative(Stage):
             "valid": ((), jnp.bool_),
         }
 
-    def train_flops(self, batch: Batch, trained: Params) -> int:
+    def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
         return flops.vlm_train_flops(
             self.model.config,

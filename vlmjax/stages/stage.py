@@ -45,7 +45,7 @@ class Stage:
         """Shape of a row and dtype of every array of a batch."""
         raise NotImplementedError
 
-    def train_flops(self, batch: Batch, trained: Params) -> int:
+    def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step on a batch, of which only `trained`, by its top-level groups, gets a gradient.
 
         Shapes are all that counts of `batch`.
