@@ -11,7 +11,7 @@ def get_config(arg: str = "") -> Config:
     """The recipe; `:tiny` is the same at laptop size, on scenes."""
     c = beside(__file__, "blip_vitb_14m.py")
     c.init_from = "runs/blip_vitb_14m/hf"
-    c.model.image_from = c.model.text_from = ""
+    c.model.image_from = c.model.text_from = c.data.tokenizer = ""
     c.loss.lm = 0.0
     c.loss.itm_negatives = "global"  # negative_all_rank
     c.loss.soft_targets_ramp = 4_424  # two epochs of 566 thousand captions

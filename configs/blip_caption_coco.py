@@ -10,6 +10,6 @@ def get_config(arg: str = "") -> Config:
     """The recipe; `:tiny` is the same at laptop size, on scenes."""
     c = beside(__file__, "blip_capfilt_captioner.py")
     c.evals.coco = evaluation(
-        "caption", "", prompt="a picture of ", max_new_tokens=20
+        "caption", "", prompt="a picture of ", max_new_tokens=16
     )  # its data: the test split
     return choose(c, arg)

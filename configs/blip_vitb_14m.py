@@ -17,7 +17,7 @@ def get_config(arg: str = "") -> Config:
     c.model.image.update({"patch_size": 16, "activation": "gelu"})
     c.model.image_from = "facebook/deit-base-patch16-224"  # section 4.1: a ViT of ImageNet
     c.model.text.update({"width": 768, "depth": 12, "heads": 12, "mlp_dim": 3072, "activation": "gelu"})
-    c.model.text.update({"dropout": 0.1, "vocab_size": 30524, "max_length": 30})
+    c.model.text.update({"dropout": 0.1, "vocab_size": 30524, "max_length": 30, "positions": 512})
     c.model.text_from = "google-bert/bert-base-uncased"
     c.model.projection_dim = 256
 

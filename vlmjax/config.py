@@ -167,6 +167,7 @@ def recipe() -> Config:
             "max_length": 77,  # tokens
             "activation": "quick_gelu",
             "dropout": 0.0,  # bert only
+            "positions": 0,  # blip: rows of the position table, so that later texts may be longer; 0 = max_length
         }
     )
     c.model.projection_dim = 512

@@ -44,6 +44,11 @@ def check_values(c: Any) -> None:
     _one_of(c.model.remat, "config.model.remat", ("none", "dots", "full"))
     _one_of(c.model.attention, "config.model.attention", ("auto", "xla", "cudnn", "splash"))
     _check_loss(c.loss)
+    if c.stage == "blip" and (c.loss.kind != "softmax" or c.loss.hard_negatives):
+        raise RecipeError(
+            f"config.loss.kind={c.loss.kind!r}, hard_negatives={c.loss.hard_negatives}: stage 'blip' has the plain "
+            "softmax; leave both as they are"
+        )
     _check_lora(c)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
@@ -117,6 +122,10 @@ def _check_loss(loss: Any) -> None:
             raise RecipeError(
                 f"config.loss.{name}={loss[name]} needs a momentum encoder: set config.loss.momentum, such as 0.999"
             )
+    _one_of(loss.itm_negatives, "config.loss.itm_negatives", ("local", "global"))
+    _in_range(loss.lm_smoothing, 0, 1, "config.loss.lm_smoothing")
+    for name in ("itc", "itm", "lm", "prompt_tokens", "soft_targets_ramp"):
+        _at_least(loss[name], 0, f"config.loss.{name}")
     if loss.kind == "sigmoid":
         for name in ("label_smoothing", "hard_negatives", "momentum"):
             if loss[name]:

@@ -43,7 +43,7 @@ def _tiny_blip(c: Config) -> Config:
     if c.loss.momentum:
         c.loss.queue, c.loss.soft_targets_ramp = 256, 20
     c.model.image_from = c.model.text_from = ""
-    c.model.text.max_length = 24
+    c.model.text.max_length, c.model.text.positions = 24, 0
     c.data.train = "scenes:train:single"
     heldout = "scenes:heldout:single:class"
     c.evals = Config(

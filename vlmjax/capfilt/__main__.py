@@ -54,8 +54,14 @@ def make_parser() -> argparse.ArgumentParser:
             add("--number", type=int, default=1, metavar="N", help="captions of an image (1; BLIP-2 has 10)")
             add("--top_p", type=float, default=0.9, metavar="P", help="of nucleus sampling (0.9)")
             add("--num_beams", type=int, default=1, metavar="N", help="beams in place of sampling")
-            add("--min_new_tokens", type=int, default=5, metavar="N", help="of a caption (5)")
-            add("--max_new_tokens", type=int, default=20, metavar="N", help="of a caption (20)")
+            add("--min_new_tokens", type=int, default=1, metavar="N", help="of a caption (1)")
+            add(
+                "--max_new_tokens",
+                type=int,
+                default=16,
+                metavar="N",
+                help="of a caption, prompt not counted (16)",
+            )
             add("--seed", type=int, default=0, help="of what is drawn, with the record's key (0)")
         if name == "filter":
             add(
@@ -123,7 +129,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UserError(f"--{name}={getattr(options, name)}: expected at least {least}")
     if options.step != "report" and not 0 <= options.process < options.processes:
         raise UserError(f"--process={options.process}: expected 0 to {options.processes - 1} (--processes)")
-    for name, low in (("threshold", 0.0), ("top_p", 0.0), ("least_cosine", -1.0)):
+    for name, low in (("threshold", 0.0), ("top_p", 1e-6), ("least_cosine", -1.0)):
         if not low <= getattr(options, name, 1.0) <= 1.0:
             raise UserError(f"--{name}={getattr(options, name)}: expected {low:g} to 1")
 

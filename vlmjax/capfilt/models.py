@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from vlmjax.data.formats.fields import parse_json
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals.embed import image_features, text_features
@@ -58,8 +59,8 @@ class Captioner(Opened):
         number: int = 1,
         top_p: float = 0.9,
         num_beams: int = 1,
-        min_new_tokens: int = 5,
-        max_new_tokens: int = 20,
+        min_new_tokens: int = 1,
+        max_new_tokens: int = 16,
         seed: int = 0,
         batch_size: int = 64,
     ):
@@ -160,6 +161,10 @@ def readable(opened: Opened, records: Sequence[Any]) -> tuple[list[int], Pixels,
     good, pixels, bad = [], [], {}
     for at, record in enumerate(records):
         try:
+            if record.parts or "images" in record.extra:
+                raise BadRecord("several_images", record.key, "captions are of one image")
+            if "json" in record.extra:
+                parse_json(record.extra["json"], record.key)
             pixels.append(opened.pixels(record.image))
             good.append(at)
         except BadRecord as error:

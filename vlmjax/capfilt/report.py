@@ -12,7 +12,7 @@ from PIL import Image
 
 from vlmjax.capfilt.steps import ORIGIN
 from vlmjax.data.images import decode, shrink
-from vlmjax.data.sources import Source, key_of
+from vlmjax.data.sources import Source
 from vlmjax.errors import BadRecord
 
 SHOWN = 24  # captions of each kind in the gallery
@@ -45,16 +45,8 @@ def page(notes: Sequence[dict[str, Any]], source: Source, title: str) -> str:
         for origin, own in summary(notes).items()
     )
     charts = "".join(_chart(notes, name) for name in ("match", "cosine"))
-    places = {}
-    for index in range(len(source)):
-        if len(places) >= 4000:  # the gallery needs some, not all of a web crawl
-            break
-        try:
-            places[key_of(source, index)] = index
-        except BadRecord:
-            continue
     galleries = "".join(
-        f"<h2>{words}</h2><main>{_cards(notes, kept, source, places)}</main>"
+        f"<h2>{words}</h2><main>{_cards(notes, kept, source)}</main>"
         for kept, words in ((True, "Kept"), (False, "Dropped"))
     )
     return _PAGE.format(
@@ -62,8 +54,8 @@ def page(notes: Sequence[dict[str, Any]], source: Source, title: str) -> str:
     )
 
 
-def _cards(notes: Sequence[dict[str, Any]], kept: bool, source: Source, places: dict[str, int]) -> str:
-    return "".join(_card(line, note, source, places) for line, note in _some(notes, kept))
+def _cards(notes: Sequence[dict[str, Any]], kept: bool, source: Source) -> str:
+    return "".join(_card(line, note, source) for line, note in _some(notes, kept))
 
 
 def _some(notes: Sequence[dict[str, Any]], kept: bool) -> list[tuple[dict[str, Any], dict[str, Any]]]:
@@ -73,16 +65,14 @@ def _some(notes: Sequence[dict[str, Any]], kept: bool) -> list[tuple[dict[str, A
     return found[::step][:SHOWN]
 
 
-def _card(line: dict[str, Any], note: dict[str, Any], source: Source, places: dict[str, int]) -> str:
+def _card(line: dict[str, Any], note: dict[str, Any], source: Source) -> str:
     picture = ""
-    if note["key"] in places:
-        try:
-            pixels = shrink(decode(source[places[note["key"]]].image), 160)
-            out = io.BytesIO()
-            Image.fromarray(pixels).save(out, "JPEG", quality=88)
-            picture = f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
-        except BadRecord:
-            picture = ""
+    try:
+        out, pixels = io.BytesIO(), shrink(decode(source[note["index"]].image), 160)
+        Image.fromarray(pixels).save(out, "JPEG", quality=88)
+        picture = f'<img src="data:image/jpeg;base64,{base64.b64encode(out.getvalue()).decode()}" alt="">'
+    except BadRecord:
+        picture = ""  # its scores are shown all the same
     scores = f"match {line['match']:.2f}, cosine {line['cosine']:.2f}"
     return (
         f"<article>{picture}<p>{html.escape(line['text'])}</p><small>{line[ORIGIN]}, {scores}<br>"

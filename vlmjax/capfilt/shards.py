@@ -18,7 +18,7 @@ MANIFEST = "capfilt.json"
 
 
 class Outcome(NamedTuple):
-    """What became of a record.
+    """What became of a record; work gives one for each that it is given, in their order.
 
     Attributes:
         record: as it is written, None for one that is left out.
@@ -80,8 +80,8 @@ class Shards:
         path = f"{self.out.rstrip('/')}/{MANIFEST}"
         there = making.read(path)
         try:
-            known = said if there is None else json.loads(there)
-        except ValueError as error:
+            known = said if there is None else dict(json.loads(there))
+        except (ValueError, TypeError) as error:
             raise DataError(f"{path} is damaged ({error}): name another folder") from error
         changed = sorted(name for name in {*known, *said} if known.get(name) != said.get(name))
         if changed:
@@ -104,21 +104,25 @@ class Shards:
     def make(self, shard: int, work: Work) -> dict[str, int]:
         """Make a shard, whatever an earlier process left of it; its counts: `written` and those left out by reason."""
         counts: collections.Counter[str] = collections.Counter()
-        read, notes = [], []
+        read, places, notes = [], [], []
         for index in range(shard * self.records, min((shard + 1) * self.records, self.size)):
             try:
                 read.append(self.source[index])
+                places.append(index)
             except BadRecord as error:
                 counts[error.reason] += 1
         with making.in_the_making(self.name(shard)) as made, tar_writer.Writer(made) as out:
-            for outcome in work(read):
+            for index, outcome in zip(places, work(read), strict=True):
                 if outcome.note is not None:
-                    notes.append(json.dumps(outcome.note, sort_keys=True))
+                    notes.append(json.dumps({**outcome.note, "index": index}, sort_keys=True))
                 if outcome.record is None:
                     counts[outcome.reason] += 1
-                else:
+                    continue
+                try:
                     out.write(outcome.record)
                     counts["written"] += 1
+                except BadRecord as error:
+                    counts[error.reason] += 1
         making.put(self.name(shard, ".notes.jsonl"), "".join(f"{note}\n" for note in notes).encode())
         making.put(self.name(shard, ".tar.json"), json.dumps(dict(sorted(counts.items()))).encode())
         return dict(counts)
@@ -150,6 +154,12 @@ def notes(out: str) -> list[dict[str, Any]]:
         raise DataError(f"{out}: holds no run of capfilt ({MANIFEST} is missing)")
     found, shard = [], 0
     while (part := making.read(f"{out.rstrip('/')}/data-{shard:05d}.notes.jsonl")) is not None:
-        found += [json.loads(line) for line in part.decode().splitlines()]
+        try:
+            found += [json.loads(line) for line in part.decode().splitlines()]
+        except ValueError as error:
+            raise DataError(
+                f"{out}/data-{shard:05d}.notes.jsonl is damaged ({error}): remove data-{shard:05d}.tar.json, run the "
+                "step again"
+            ) from error
         shard += 1
     return found

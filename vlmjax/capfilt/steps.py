@@ -40,10 +40,18 @@ def known(record: Record) -> dict[str, Any]:
 
 def texts_of(record: Record) -> list[tuple[str, str]]:
     """(origin, text) of all captions of a record, each text once, its own first."""
-    found = dict.fromkeys(record.captions, WEB)
-    for text in known(record).get(SYNTHETIC, ()):
+    rest = known(record)
+    origins = rest.get(ORIGIN)
+    whole = isinstance(origins, list) and len(origins) == len(record.captions)
+    found = dict(zip(record.captions, origins if whole else [WEB] * len(record.captions), strict=True))
+    for text in _texts(rest.get(SYNTHETIC)):
         found.setdefault(text, SYNTHETIC)
     return [(origin, text) for text, origin in found.items()]
+
+
+def _texts(value: Any) -> list[str]:
+    """A list of texts, of whatever a shard of somebody else's has under our name."""
+    return [text for text in value if isinstance(text, str) and text] if isinstance(value, list) else []
 
 
 def filter_captions(

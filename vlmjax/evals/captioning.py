@@ -84,7 +84,7 @@ class CaptionEvaluator:
                     place = number * self.batch_size + row
                     notes.append((place, {**note, "written": self._text(tokens[row])}))
         found = dict(
-            sorted(itertools.chain(*gather(notes)))
+            sorted(itertools.chain(*gather(notes)), key=lambda pair: pair[0])
         )  # processes that share rows have read the same ones
         bad = [note for note in found.values() if "reason" in note]
         for note in bad[:20]:

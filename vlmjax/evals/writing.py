@@ -12,7 +12,7 @@ from vlmjax.decode import beams, loop
 from vlmjax.decode.generation import row_keys
 from vlmjax.decode.language import language_of
 from vlmjax.decode.options import Options
-from vlmjax.decode.prompts import bucket
+from vlmjax.decode.prompts import bucket, check_room
 from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
@@ -26,7 +26,8 @@ class Writer:
 
     def __init__(self, model: Any, transform: Any, mesh: jax.sharding.Mesh):
         """`model` is one that `decode.generate` takes; `transform` its own EvalTransform, with `mean` and `std`."""
-        self.mesh, language = mesh, language_of(model)
+        self.mesh, self._language = mesh, language_of(model)
+        language = self._language
 
         @on_mesh(mesh)
         def write(options: Options, new: int, limit: int, params: Any, inputs: Mapping[str, Array]) -> Array:
@@ -72,6 +73,7 @@ class Writer:
           seeds: of this process's rows, where answers are drawn.
           options: others of `decode.Options`, greedy without.
         """
+        check_room(max(map(len, prompts)), max_new_tokens, self._language.room(params))
         ids = np.full((batch_size, length), pad, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
         mask[:, 0] = 1  # a row without a prompt still needs a token

@@ -72,7 +72,10 @@ def _max_length(path: Path) -> int:
     config = _json(path / "config.json")
     for holder in (config.get("text_config_dict"), config.get("text_config"), config):
         if holder and "max_position_embeddings" in holder:
-            return int(holder["max_position_embeddings"])
+            positions = int(holder["max_position_embeddings"])
+            if config.get("model_type") == "blip":  # BERT's 512, of which it was trained to use some
+                return min(positions, int(_json(path / TOKENIZER).get("model_max_length", positions)))
+            return positions
     if "bert" in (config.get("model_type"), (config.get("text_config") or {}).get("model_type")):
         return 512
     stated = _json(path / TOKENIZER).get("model_max_length", 77)

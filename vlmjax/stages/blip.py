@@ -33,6 +33,7 @@ class BlipPretraining(Contrastive):
         """`recipe` is the whole validated recipe; `model` a models/blip.py Blip."""
         super().__init__(recipe, model, mesh)
         self.frozen = ()
+        self.length = recipe.model.text.max_length  # there may be more positions
         self.blocks = 1 if recipe.loss.itm_negatives == "global" else batch_shards(mesh)
         if recipe.batch_size < 2 * self.blocks:
             raise RecipeError(

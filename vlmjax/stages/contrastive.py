@@ -38,6 +38,7 @@ class Contrastive(Stage):
         self.frozen = ("logit_scale",) if recipe.loss.logit_scale == "fixed" else ()
         self.mean, self.std = tuple(recipe.data.mean), tuple(recipe.data.std)
         self.batch_size, self.seed = recipe.batch_size, recipe.seed
+        self.length = model.config.text.max_length
         self.choice, self.feature_dtype = self._choose()
         queue = recipe.loss.queue
         if queue and (queue % recipe.batch_size or batch_shards(mesh) > recipe.batch_size):
@@ -73,7 +74,7 @@ class Contrastive(Stage):
 
     def batch_shapes(self) -> Shapes:
         """Arrays of data/examples.py."""
-        tokens = (self.model.config.text.max_length,)
+        tokens = (self.length,)
         return {
             "pixel_values": ((*self.model.config.image.image_shape, 3), jnp.uint8),
             "input_ids": (tokens, jnp.int32),

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax import traverse_util
 
 from vlmjax import hub
 from vlmjax.data import text
@@ -49,7 +50,7 @@ def blip_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, st
             **sizes,
             **compute,
             vocab_size=vocabulary,
-            max_length=words.max_length,
+            max_length=max(words.positions, words.max_length),
             type_vocab_size=None,
             pad_token_id=tokenizer.pad_token_id,
         ),
@@ -79,6 +80,11 @@ def make_blip(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str]
             f"config.init_from embeds {config.text.vocab_size} and begins texts with {config.bos_token_id}: it is "
             "another model's tokenizer"
         )
+    if recipe.model.text.max_length > config.text.max_length:
+        raise RecipeError(
+            f"config.model.text.max_length={recipe.model.text.max_length}: the model of config.init_from has "
+            f"{config.text.max_length} positions; give at most that"
+        )
     image = dataclasses.replace(config.image, image_size=recipe.model.image.image_size, **compute)
     return Blip(dataclasses.replace(config, image=image, text=dataclasses.replace(config.text, **compute)))
 
@@ -104,7 +110,13 @@ def imported(recipe: Any) -> dict[str, str]:
     return {group: name for group, name in named.items() if name}
 
 
-def import_blip(recipe: Any, model: Blip, places: Tree, fresh: Callable[[], Tree]) -> Tree:
+def import_blip(
+    recipe: Any,
+    model: Blip,
+    places: Tree,
+    fresh: Callable[[], Tree],
+    only: Callable[[str], bool] | None = None,
+) -> Tree:
     """Parameters of a recipe's model: of a whole folder, or new ones begun with those of a tower and of BERT.
 
     They pass through the host, where BLIP's few hundred million find room.
@@ -114,14 +126,15 @@ def import_blip(recipe: Any, model: Blip, places: Tree, fresh: Callable[[], Tree
       model: from `make_blip`.
       places: nested dict with the sharding of every parameter.
       fresh: () -> random parameters of the whole model, traceable.
+      only: of a parameter's path, whether it is wanted, and nothing else then; None: the whole model is.
     """
     if recipe.init_from:
         with naming("init_from"):
             source, params = hub.load(recipe.init_from)
-        params = from_pretraining(
-            model, jax.eval_shape(fresh), source, params
-        )  # positions at its own image size
-        return jax.device_put(params, places)
+        # On one CPU: of frozen parameters a checkpoint has the digest alone, and no two kinds of devices add up alike.
+        with jax.default_device(jax.local_devices(backend="cpu")[0]):
+            params = from_pretraining(model, jax.eval_shape(fresh), source, params)
+        return _placed(params, places, only)
     parts = {}
     for key, name in (("image", recipe.model.image_from), ("text", recipe.model.text_from)):
         if name:
@@ -134,7 +147,16 @@ def import_blip(recipe: Any, model: Blip, places: Tree, fresh: Callable[[], Tree
         raise RecipeError(
             f"config.model: {error}; give model.image and model.text the sizes of the folders"
         ) from None
-    return jax.device_put(jax.tree.map(np.asarray, started), places)
+    return _placed(started, places, only)
+
+
+def _placed(params: Tree, places: Tree, only: Callable[[str], bool] | None) -> Tree:
+    """Parameters where they belong, those alone that are wanted."""
+    flat, targets = (traverse_util.flatten_dict(dict(tree), sep="/") for tree in (params, places))
+    wanted = [path for path in flat if only is None or only(path)]
+    return traverse_util.unflatten_dict(
+        {path: jax.device_put(np.asarray(flat[path]), targets[path]) for path in wanted}, sep="/"
+    )
 
 
 def to_json(config: BlipConfig) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def import_params(
     if isinstance(model, Vlm):
         return vlm_parts.import_parts(recipe, model, places, fresh, only)
     if isinstance(model, Blip):
-        return blip_parts.import_blip(recipe, model, places, fresh)
+        return blip_parts.import_blip(recipe, model, places, fresh, only)
 
     flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
     with naming("init_from"):
