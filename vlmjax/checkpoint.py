@@ -13,20 +13,15 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from vlmjax.command_line import Parser
 from vlmjax.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Mistakes are one line here."""
-        raise UserError(f"{message}; see python -m vlmjax.checkpoint --help")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = _Parser(
+    parser = Parser(
         "python -m vlmjax.checkpoint",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,

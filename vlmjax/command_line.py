@@ -1,12 +1,13 @@
 """A recipe from a command line: --config=FILE:FORM and --config.key=value, with one line for every mistake in them."""
 
+import argparse
 import contextlib
 import itertools
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 from ml_collections import config_flags
@@ -15,6 +16,26 @@ from vlmjax.config import Config, check_overrides, validate
 from vlmjax.errors import RecipeError, UserError
 
 _HELP = "Recipe: a python file with get_config(), e.g. configs/clip_vitl.py or configs/clip_vitl.py:tiny."
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose mistakes are one line, like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UserError."""
+        raise UserError(f"{message}; see {self.prog} --help")
+
+
+def ended(run: Callable[[], Any]) -> None:
+    """Run a command that can be started again: user errors end as one line and their exit code, Ctrl-C as another."""
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C: the same command goes on", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 def define(values: flags.FlagValues = flags.FLAGS, **options: Any) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from absl import flags
 
 from vlmjax.command_line import parse_alone
+from vlmjax.config_checks import METRICS
 from vlmjax.errors import CheckpointError, DataError, UserError
 
 _MOST_IMAGES = 1  # per question
@@ -24,8 +25,7 @@ def _string(name: str, default: str | None, text: str) -> None:
 
 
 _string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Face folder or hub id.")
-_BENCHMARKS = ("zeroshot", "retrieval", "vqa", "matching", "caption")
-flags.DEFINE_enum("benchmark", None, _BENCHMARKS, "What to measure.", flag_values=FLAGS)
+flags.DEFINE_enum("benchmark", None, tuple(METRICS), "What to measure.", flag_values=FLAGS)
 _string(
     "data",
     None,

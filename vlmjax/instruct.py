@@ -8,11 +8,11 @@ It is asked through OpenAI's protocol, or runs here (--local=FOLDER). Started ag
 import argparse
 import os
 import re
-import sys
 import threading
 from collections.abc import Sequence
 
 from vlmjax import generate
+from vlmjax.command_line import ended
 from vlmjax.data.instruct import Job, parse_kinds, write, write_prompts
 from vlmjax.data.instruct_models import Answer, Endpoint, Model, Recorded, Unanswered
 from vlmjax.data.instruct_prompts import draw
@@ -152,14 +152,7 @@ def run(options: argparse.Namespace) -> dict[str, int]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Run; user errors end as one line and a documented exit code."""
-    try:
-        run(make_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C: the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(130)
+    ended(lambda: run(make_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

@@ -36,7 +36,8 @@ MODEL = Blip(
     )
 )  # fmt: skip
 RECIPE = {
-    "stage": "blip", "batch_size": BATCH, "sharding": BLIP_SHARDING, "loss__momentum": 0.75, "loss__queue": 2 * BATCH,
+    "stage": "blip", "batch_size": BATCH, "model__text__max_length": TOKENS,
+    "sharding": BLIP_SHARDING, "loss__momentum": 0.75, "loss__queue": 2 * BATCH,
     "loss__soft_targets": 0.4, "loss__soft_targets_ramp": 4, "loss__itm_negatives": "global",
 }  # fmt: skip
 
@@ -109,6 +110,26 @@ def seen(params, values, stage):
     return states, apply(params, "embed_image", states), apply(params, "embed_text", texts)
 
 
+def matching(params, values, states, image_of, text_of, rows=None):
+    """ITM's loss and accuracy, pair by pair: of each row, its text with another image, its image with another text."""
+    losses, right = [], []
+    for row in np.flatnonzero(values["valid"]):
+        others = (
+            ((int(image_of[row]), row, 0), (row, int(text_of[row]), 0)) if rows is None or row in rows else ()
+        )
+        for image, text, label in ((row, row, 1), *others):
+            ids, mask = values["input_ids"][[text]].copy(), values["attention_mask"][[text]]
+            ids[0, 0] = ENC
+            hidden = MODEL.apply(
+                {"params": params},
+                method=lambda m, i=image, x=ids, k=mask: m.text_model.encode(x, k, states[i : i + 1]),
+            )
+            logits = np.asarray(hidden[0, 0] @ params["itm_head"]["kernel"] + params["itm_head"]["bias"])
+            losses.append(np.log(np.exp(logits).sum()) - logits[label])
+            right.append(logits.argmax() == label)
+    return np.mean(losses), np.mean(right)
+
+
 def test_the_losses_are_those_written_down(followed):
     """At the second step: a ramp of a quarter, a queue that holds one batch, an average that lags behind."""
     states, told, stage = followed
@@ -138,21 +159,9 @@ def test_the_losses_are_those_written_down(followed):
         jax.random.split(rng, 3)[0], images, texts, *map(jnp.asarray, keys), jnp.float32(scale),
         jnp.asarray(values["caption_id"]), jnp.asarray(values["valid"]), 1,
     )  # fmt: skip
-    losses, right = [], []
-    for row in np.flatnonzero(values["valid"]):
-        other_image, other_text = int(negatives.image[0, row]), int(negatives.text[0, row])
-        for image, text, label in ((row, row, 1), (other_image, row, 0), (row, other_text, 0)):
-            ids, mask = values["input_ids"][[text]].copy(), values["attention_mask"][[text]]
-            ids[0, 0] = ENC
-            hidden = MODEL.apply(
-                {"params": params},
-                method=lambda m, i=image, x=ids, k=mask: m.text_model.encode(x, k, states_[i : i + 1]),
-            )
-            logits = np.asarray(hidden[0, 0] @ params["itm_head"]["kernel"] + params["itm_head"]["bias"])
-            losses.append(np.log(np.exp(logits).sum()) - logits[label])
-            right.append(logits.argmax() == label)
-    np.testing.assert_allclose(told[1]["itm_loss"], np.mean(losses), rtol=1e-4)
-    np.testing.assert_allclose(told[1]["itm_accuracy"], np.mean(right), rtol=1e-6)
+    loss, accuracy = matching(params, values, states_, negatives.image[0], negatives.text[0])
+    np.testing.assert_allclose(told[1]["itm_loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(told[1]["itm_accuracy"], accuracy, rtol=1e-6)
 
     words = []
     for row in np.flatnonzero(values["valid"]):
@@ -201,10 +210,15 @@ def test_the_temperature_is_held_within_its_bounds():
 
 
 def test_without_momentum_a_batch_is_its_own_key():
-    _, (told,), _ = run(
-        steps=1, loss__momentum=0.0, loss__queue=0, loss__soft_targets=0.0, loss__soft_targets_ramp=0
+    changes = dict.fromkeys(("loss__momentum", "loss__soft_targets"), 0.0) | dict.fromkeys(
+        ("loss__queue", "loss__soft_targets_ramp"), 0
     )
-    assert np.isfinite(told["loss"]) and "soft_targets" not in told
+    states, (told,), stage = run(steps=1, **changes)
+    params, values = merge(states[0].params, {}), batch(0)
+    _, images, texts = seen(params, values, stage)
+    want = info_nce_oracle(images, texts, 1 / float(params["temp"]), valid=values["valid"])[0]
+    np.testing.assert_allclose(told["itc_loss"], want, rtol=2e-5)
+    assert "soft_targets" not in told and states[0].extra == {}
 
 
 @pytest.mark.slow
@@ -219,9 +233,15 @@ def test_eight_devices_change_nothing(followed):
 
 @pytest.mark.slow
 def test_local_negatives_stay_on_their_device():
-    """Two rows a device: a row's negative is its neighbour, or there is none where both say the same."""
-    _, (told,), stage = run((4, 1, 1), steps=1, loss__itm_negatives="local")
-    assert stage.blocks == 4 and np.isfinite(told["itm_loss"])
+    """Two rows a device: a row's only other one is its neighbour. The seventh does not count: the last has none."""
+    states, (told,), stage = run((4, 1, 1), steps=1, loss__itm_negatives="local")
+    assert stage.blocks == 4
+    params, values = jax.tree.map(jnp.asarray, jax.device_get(merge(states[0].params, {}))), batch(0)
+    states_, _, _ = seen(params, values, stage)
+    neighbour = np.arange(BATCH) ^ 1
+    loss, accuracy = matching(params, values, states_, neighbour, neighbour, rows=range(6))
+    np.testing.assert_allclose(told["itm_loss"], loss, rtol=1e-4)
+    np.testing.assert_allclose(told["itm_accuracy"], accuracy, rtol=1e-6)
 
 
 def test_what_cannot_be():
@@ -231,3 +251,13 @@ def test_what_cannot_be():
     eight = make_mesh(8, 1, 1, devices=jax.devices()[:8])
     with pytest.raises(RecipeError, match="leaves one row for each of 8 devices.*itm_negatives='global'"):
         BlipPretraining(tiny.recipe(**RECIPE | {"loss__itm_negatives": "local"}), MODEL, eight)
+
+
+def test_texts_may_be_shorter_than_the_positions_and_never_longer():
+    """The recipe says how long texts are, the model how long they could be."""
+    stage = BlipPretraining(
+        tiny.recipe(**RECIPE | {"model__text__max_length": 5}),
+        MODEL,
+        make_mesh(1, 1, 1, devices=jax.devices()[:1]),
+    )
+    assert stage.batch_shapes()["input_ids"][0] == (5,)

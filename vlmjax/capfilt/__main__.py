@@ -12,28 +12,22 @@ share the work with --process=0 --processes=4: each makes shards of its own, wha
 
 import argparse
 import os
-import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from vlmjax.capfilt.shards import Outcome, Shards, notes
+from vlmjax.command_line import Parser, ended
 from vlmjax.data.sources import Source, open_source, open_sources, together
 from vlmjax.errors import UserError
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Mistakes are one line here."""
-        raise UserError(f"{message}; see python -m vlmjax.capfilt --help")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     about, _, more = __doc__.partition("\n\n")
     form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m vlmjax.capfilt", None, about, more, formatter_class=form, allow_abbrev=False)
-    steps = parser.add_subparsers(dest="step", required=True, parser_class=_Parser)
+    parser = Parser("python -m vlmjax.capfilt", None, about, more, formatter_class=form, allow_abbrev=False)
+    steps = parser.add_subparsers(dest="step", required=True, parser_class=Parser)
     for name in ("caption", "filter", "rank", "merge", "report"):
         add = steps.add_parser(name, allow_abbrev=False).add_argument
         add("spec", metavar="SPEC", help="what is read, as data.train of a recipe names it")
@@ -161,14 +155,7 @@ def _write_page(out: str, source: Source, path: str) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run; user errors end as one line."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    try:
-        run(make_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("stopped by Ctrl-C: the same command goes on", file=sys.stderr, flush=True)
-        sys.exit(130)
+    ended(lambda: run(make_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

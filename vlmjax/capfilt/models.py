@@ -12,8 +12,9 @@ from jaxtyping import Array, Float, UInt8
 from vlmjax.data.formats.fields import parse_json
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
-from vlmjax.evals.embed import image_features, text_features
-from vlmjax.evals.writing import Writer
+from vlmjax.evals.embed import text_features
+from vlmjax.evals.writing import Writer, until
+from vlmjax.models.blip_inputs import caption_prompt
 from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, make_mesh, replicated, to_global
@@ -71,9 +72,7 @@ class Captioner(Opened):
                 f"--number={number} with --num_beams={num_beams}: beams give one caption; leave one out"
             )
         config = self.model.config
-        self._end, ids = config.sep_token_id, self.tokenizer.encode(prompt) if prompt else []
-        inside = ids[1 : -1 if ids[-1:] == [self._end] else None]
-        self._prompt = np.array([config.bos_token_id, *inside], np.int32)
+        self._end, self._prompt = config.sep_token_id, caption_prompt(prompt, self.tokenizer, config)
         self._writer = Writer(self.model, self.transform, self.mesh)
         self._number, self._seed = number, seed
         drawn = {"do_sample": True, "top_p": top_p} if num_beams == 1 else {"num_beams": num_beams}
@@ -98,16 +97,10 @@ class Captioner(Opened):
                     seeds=filled(seeds[rows], self.batch_size),
                     **self._options,
                 )
-                for row, ids in zip(
-                    range(start, min(start + self.batch_size, len(keys))), tokens, strict=False
-                ):
-                    text = self._text(ids)
-                    out[row] += [text] if text and text not in out[row] else []
+                for own, ids in zip(out[rows], tokens[: len(out[rows])], strict=True):
+                    text = " ".join(self.tokenizer.decode(until(ids, (self._end,))).split())
+                    own += [text] if text and text not in own else []
         return out
-
-    def _text(self, ids: np.ndarray) -> str:
-        stop = next((at for at, one in enumerate(ids.tolist()) if one == self._end), len(ids))
-        return " ".join(self.tokenizer.decode(ids[:stop]).split())
 
 
 class Scorer(Opened):
@@ -122,12 +115,11 @@ class Scorer(Opened):
         @on_mesh(self.mesh)
         def scores(params: Any, pixels: Array, ids: Array, mask: Array) -> Float[Array, "pairs 2"]:
             def both(module: Any) -> Array:
-                values = normalized(pixels, self.transform.mean, self.transform.std)
-                cosine = (image_features(module, values) * text_features(module, ids, mask)).sum(-1)
-                if not matching:
-                    return jnp.stack([cosine, cosine], axis=-1)
-                logits = module.match(module.encode_image(values), ids, mask)
-                return jnp.stack([jax.nn.softmax(logits)[:, 1], cosine], axis=-1)
+                states = module.encode_image(normalized(pixels, self.transform.mean, self.transform.std))
+                images = module.embed_image(states) if hasattr(module, "embed_image") else states
+                cosine = (images * text_features(module, ids, mask)).sum(-1)
+                match = jax.nn.softmax(module.match(states, ids, mask))[:, 1] if matching else cosine
+                return jnp.stack([match, cosine], axis=-1)
 
             return self.model.apply({"params": params}, method=both).astype(jnp.float32)
 
@@ -146,7 +138,7 @@ class Scorer(Opened):
                 "mask": filled(tokens["attention_mask"], self.batch_size),
             }
             scores = np.asarray(self._scores(self.params, **to_global(local, self.mesh, self.batch_size)))
-            for (image, _), (match, cosine) in zip(part, scores.tolist(), strict=False):
+            for (image, _), (match, cosine) in zip(part, scores[: len(part)].tolist(), strict=True):
                 found[image].append((match, cosine))
         return found
 

@@ -89,7 +89,7 @@ class GroupedChunk(plan.Chunk):
 
 
 @dataclasses.dataclass(frozen=True)
-class GroupedChunks:
+class GroupedChunks(plan.ByStep):
     """Random access to the chunks of one host, without end: what `plan.Plan` is where batches are of different shapes.
 
     Every host groups the same windows and takes its own rows of each batch, so that all have the same shape at a step,
@@ -122,37 +122,18 @@ class GroupedChunks:
         """Nothing is grouped yet."""
         object.__setattr__(self, "windows", Windows(self._group, 1, self.begin))
 
-    def __getstate__(self) -> dict:
-        """Without what is grouped."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def __setstate__(self, state: dict) -> None:
-        """From `__getstate__`."""
-        self.__init__(**state)
-
     def _group(self, window: int) -> Groups:
         positions = window * self.window + np.arange(self.window, dtype=np.int64)
         tokens, images = self.measure(positions, self.order(positions))
         return group(tokens, images, self.lengths, self.batch_size, seed=self.seed, window=window)
 
-    @property
-    def chunks_per_batch(self) -> int:
-        """How many chunks make this host's part of one batch."""
-        return -(-len(self.rows) // self.chunk)
-
     def place(self, step: int) -> Place:
         """Where a step begins, to be saved with it."""
         return self.windows.place(step)
 
-    def __len__(self) -> int:
-        """Endless for every purpose; a sequence has to have a length."""
-        return 2**48
-
     def __getitem__(self, item: int) -> GroupedChunk:
         """Chunk number `item` of this host, counted from `start_step`."""
-        step, part = divmod(int(item), self.chunks_per_batch)
-        step += self.start_step
-        rows = self.rows[part * self.chunk : (part + 1) * self.chunk]
+        step, part, rows = self._where(item)
         ((window, unit, _),) = self.windows.spans(step)
         batch = self.windows[window].batches[unit]
         positions = window * self.window + batch.examples[rows.start : rows.stop]

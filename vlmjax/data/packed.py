@@ -37,7 +37,7 @@ class PackedChunk(plan.Chunk):
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedChunks:
+class PackedChunks(plan.ByStep):
     """Random access to the packed chunks of one host, without end: what `plan.Plan` is where a row is an example.
 
     Every host packs the same windows and takes its own rows of them, so the global batch does not depend on how many
@@ -91,32 +91,13 @@ class PackedChunks:
         )
         object.__setattr__(self, "packed", packed)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Without what is packed."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """From `__getstate__`."""
-        self.__init__(**state)
-
-    @property
-    def chunks_per_batch(self) -> int:
-        """How many chunks make this host's part of one batch."""
-        return -(-len(self.rows) // self.chunk)
-
     def place(self, step: int) -> Place:
         """Where a step begins, to be saved with it."""
         return self.packed.place(step)
 
-    def __len__(self) -> int:
-        """Endless for every purpose; a sequence has to have a length."""
-        return 2**48
-
     def __getitem__(self, item: int) -> PackedChunk:
         """Chunk number `item` of this host, counted from `start_step`."""
-        step, part = divmod(int(item), self.chunks_per_batch)
-        step += self.start_step
-        rows = self.rows[part * self.chunk : (part + 1) * self.chunk]
+        step, part, rows = self._where(item)
         placed = self.packed.rows(step, rows)
         return PackedChunk(
             step,

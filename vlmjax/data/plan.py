@@ -3,6 +3,7 @@
 import dataclasses
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -120,8 +121,41 @@ class Chunk:
         return slice(self.start, self.start + len(self.indices))
 
 
+class ByStep:
+    """What every order of chunks has in common, for a frozen dataclass with `rows`, `start_step` and `chunk`.
+
+    Pickled by its fields, so that another process works out the rest for itself.
+    """
+
+    rows: range
+    start_step: int
+    chunk: int
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Its fields."""
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """From `__getstate__`."""
+        self.__init__(**state)
+
+    @property
+    def chunks_per_batch(self) -> int:
+        """How many chunks make this host's part of one batch."""
+        return -(-len(self.rows) // self.chunk)
+
+    def __len__(self) -> int:
+        """Endless for every purpose; a sequence has to have a length."""
+        return 2**48
+
+    def _where(self, item: int) -> tuple[int, int, range]:
+        """(step, number in its batch, rows of the global batch) of chunk `item`, counted from `start_step`."""
+        step, part = divmod(int(item), self.chunks_per_batch)
+        return step + self.start_step, part, self.rows[part * self.chunk : (part + 1) * self.chunk]
+
+
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class Plan(ByStep):
     """Random access to the chunks of one host, from `start_step` on, without end.
 
     Global position g = step * batch_size + row shows example `order(g)`. A host owns the contiguous `rows` of
@@ -134,23 +168,12 @@ class Plan:
     start_step: int = 0
     chunk: int = 32
 
-    @property
-    def chunks_per_batch(self) -> int:
-        """How many chunks make this host's part of one batch."""
-        return -(-len(self.rows) // self.chunk)
-
     def indices(self, step: int) -> np.ndarray:
         """The example in every row of the global batch of a step: int64 [batch_size]."""
         return self.order(step * self.batch_size + np.arange(self.batch_size, dtype=np.int64))
 
-    def __len__(self) -> int:
-        """Endless for every purpose; a sequence has to have a length."""
-        return 2**48
-
     def __getitem__(self, item: int) -> Chunk:
         """Chunk number `item` of this host, counted from `start_step`."""
-        step, part = divmod(int(item), self.chunks_per_batch)
-        step += self.start_step
-        rows = self.rows[part * self.chunk : (part + 1) * self.chunk]
+        step, part, rows = self._where(item)
         positions = step * self.batch_size + np.arange(rows.start, rows.stop, dtype=np.int64)
         return Chunk(step, part * self.chunk, positions, self.order(positions))

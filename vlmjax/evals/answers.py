@@ -14,15 +14,15 @@ import numpy as np
 from vlmjax.data.conversation import Conversation, count, from_caption, from_turns
 from vlmjax.data.form import Form, cut, ends_of
 from vlmjax.data.generative import QUESTIONS, images_of
-from vlmjax.data.images import decode, shrink
+from vlmjax.data.images import decode
 from vlmjax.data.pieces import Pieces
 from vlmjax.data.sources import captions_of, open_source, turns_of
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals.benchmark import Benchmark, EvalResult, key_at, select
 from vlmjax.evals.embed import gather
-from vlmjax.evals.gallery import spread
+from vlmjax.evals.gallery import spread, square_picture
 from vlmjax.evals.matching import is_right, score
-from vlmjax.evals.writing import Writer, batches
+from vlmjax.evals.writing import Writer, batches, until
 from vlmjax.sharding.mesh import local_rows
 
 _log = logging.getLogger(__name__)
@@ -207,8 +207,7 @@ class AnswerEvaluator:
         return out
 
     def _answer(self, ids: np.ndarray) -> str:
-        stop = next((at for at, one in enumerate(ids.tolist()) if one in self.ends), len(ids))
-        return cut(self.tokenizer.decode(ids[:stop]), self.stops)
+        return cut(self.tokenizer.decode(until(ids, self.ends)), self.stops)
 
     def _blank(self, rows: int) -> np.ndarray:
         return np.zeros((rows, self.slots, *self.model.config.image.image_shape, 3), np.uint8)
@@ -252,7 +251,4 @@ class AnswerEvaluator:
         found = images_of(self.source[question.index])
         if self.benchmark.blind or not found:
             return np.full((size, size, 3), self._mean_colour(), np.uint8)
-        pixels = shrink(decode(found[0], background=self.transform.background), size)
-        side = min(pixels.shape[:2])
-        top, left = ((length - side) // 2 for length in pixels.shape[:2])
-        return pixels[top : top + side, left : left + side]
+        return square_picture(found[0], self.transform.background, size)

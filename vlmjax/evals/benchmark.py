@@ -5,9 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vlmjax.config_checks import METRICS
 from vlmjax.errors import BadRecord, DataError
 
-BENCHMARKS = ("zeroshot", "retrieval", "vqa", "matching", "caption")
+BENCHMARKS = tuple(METRICS)
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,11 @@ their authors; the environment variable VLMJAX_CAPTION_JARS names the folder tha
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
+from vlmjax.command_line import Parser, ended
 from vlmjax.errors import DataError, UserError
 from vlmjax.evals import caption_java, caption_metrics, ptb
 from vlmjax.evals.caption_files import read_references, read_results
@@ -118,16 +118,10 @@ def _check_images(references: Mapping, captions: Mapping) -> None:
             raise DataError(f"image {image!r}: its references are {texts!r}, expected a list of captions")
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Mistakes are one line here."""
-        raise UserError(f"{message}; see python -m vlmjax.evals.caption --help")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     form = argparse.RawDescriptionHelpFormatter
-    parser = _Parser("python -m vlmjax.evals.caption", description=__doc__, formatter_class=form)
+    parser = Parser("python -m vlmjax.evals.caption", description=__doc__, formatter_class=form)
     parser.add_argument("references", metavar="REFERENCES.json")
     parser.add_argument("results", metavar="RESULTS.json")
     parser.add_argument(
@@ -175,11 +169,7 @@ def _print(scores: Scores, console: Any) -> None:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run; user errors end as one line."""
-    try:
-        run(make_parser().parse_args(arguments))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+    ended(lambda: run(make_parser().parse_args(arguments)))
 
 
 if __name__ == "__main__":

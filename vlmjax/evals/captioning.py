@@ -1,7 +1,6 @@
 """Captions that a model writes about images, against those that people (or the drawn world) wrote."""
 
 import itertools
-import logging
 import os
 from collections import Counter
 from typing import Any
@@ -9,17 +8,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmjax.data.images import decode, shrink
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals import caption
 from vlmjax.evals.benchmark import Benchmark, EvalResult, select
-from vlmjax.evals.embed import gather, read_batches
-from vlmjax.evals.gallery import spread
-from vlmjax.evals.writing import Writer
+from vlmjax.evals.embed import gather, read_batches, tell_skipped
+from vlmjax.evals.gallery import spread, square_picture
+from vlmjax.evals.writing import Writer, until
+from vlmjax.models.blip_inputs import caption_prompt
 from vlmjax.sharding.mesh import local_rows
 
-_log = logging.getLogger(__name__)
 # What papers print of COCO's scores, under names of ours.
 _SCORES = {"Bleu_4": "bleu4", "ROUGE_L": "rouge_l", "CIDEr": "cider"}
 
@@ -50,9 +48,7 @@ class CaptionEvaluator:
         self.writer = writer or Writer(model, transform, mesh)
         self.batch_size = self.writer.rows_per_batch(min(benchmark.batch_size or 64, len(self.indices)))
         config = model.config
-        ids = tokenizer.encode(benchmark.prompt) if benchmark.prompt else []
-        inside = ids[1 : -1 if ids[-1:] == [config.sep_token_id] else None]
-        self.prompt = np.array([config.bos_token_id, *inside], np.int32)
+        self.prompt = caption_prompt(benchmark.prompt, tokenizer, config)
         self._end, self._pad = config.sep_token_id, config.text.pad_token_id
         self._threads = threads or min(os.cpu_count() or 1, 16)
 
@@ -81,16 +77,13 @@ class CaptionEvaluator:
             )
             for row, note in zip(own, batch.rows, strict=True):
                 if note is not None:
-                    place = number * self.batch_size + row
-                    notes.append((place, {**note, "written": self._text(tokens[row])}))
+                    text = self.tokenizer.decode(until(tokens[row], (self._end,))).strip()
+                    notes.append((number * self.batch_size + row, {**note, "written": text}))
         found = dict(
             sorted(itertools.chain(*gather(notes)), key=lambda pair: pair[0])
         )  # processes that share rows have read the same ones
         bad = [note for note in found.values() if "reason" in note]
-        for note in bad[:20]:
-            _log.warning(
-                "%s: skipped %s: %s %s", self.benchmark.name, note["key"], note["reason"], note["detail"]
-            )
+        tell_skipped(self.benchmark.name, bad)
         used = {place: note for place, note in found.items() if "reason" not in note}
         reasons = dict(Counter(note["reason"] for note in bad))
         if not used:
@@ -101,10 +94,6 @@ class CaptionEvaluator:
         if details and jax.process_index() == 0:
             result.details = {"samples": self._samples(list(used.values())), "kinds": [], "blind": False}
         return result
-
-    def _text(self, ids: np.ndarray) -> str:
-        stop = next((at for at, one in enumerate(ids.tolist()) if one == self._end), len(ids))
-        return self.tokenizer.decode(ids[:stop]).strip()
 
     def _score(self, used: dict[int, dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
         exact = np.mean([note["written"] in note["captions"] for note in used.values()])
@@ -120,7 +109,7 @@ class CaptionEvaluator:
         chosen = [used[at] for at in spread(len(used))]
         return [
             {
-                "image": self._picture(note["index"]),
+                "image": square_picture(self.source[note["index"]].image, self.transform.background, 96),
                 "question": "",
                 "expected": note["captions"][0],
                 "answer": note["written"],
@@ -128,12 +117,6 @@ class CaptionEvaluator:
             }
             for note in chosen
         ]
-
-    def _picture(self, index: int, size: int = 96) -> np.ndarray:
-        pixels = shrink(decode(self.source[index].image, background=self.transform.background), size)
-        side = min(pixels.shape[:2])
-        top, left = ((length - side) // 2 for length in pixels.shape[:2])
-        return pixels[top : top + side, left : left + side]
 
 
 def _describe(record: Any) -> dict[str, Any]:

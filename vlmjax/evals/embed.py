@@ -1,6 +1,7 @@
 """Images and texts of a source through both towers, on every device of a mesh and from every process."""
 
 import json
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
 
+_log = logging.getLogger(__name__)
 # Decoded evaluation images up to this size stay in memory between runs of one evaluator.
 CACHE_BYTES = 1 << 29
 Describe = Callable[[Any], dict[str, Any]]
@@ -170,6 +172,12 @@ def _read(
     except BadRecord as error:
         return None, {"index": index, "key": error.key or key, "reason": error.reason, "detail": error.detail}
     return image, {"index": index, "key": key, **note}
+
+
+def tell_skipped(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Log the first records that an evaluation could not use, by `key`, `reason` and `detail`."""
+    for row in rows[:20]:
+        _log.warning("%s: skipped %s: %s %s", name, row["key"], row["reason"], row["detail"])
 
 
 def gather(value: Any) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmjax.data.images import decode, shrink
 from vlmjax.evals.ranks import best_candidates
 
 QUERIES = 8  # of each direction
@@ -13,6 +14,14 @@ FOUND = 5  # best candidates shown per query
 PAIRS = 24  # pairs in the similarity matrix
 CONFUSIONS = 14  # classes in the confusion table
 Thumbnail = Callable[[int], np.ndarray]
+
+
+def square_picture(image: Any, background: tuple[int, int, int], size: int) -> np.ndarray:
+    """The middle of an image, small, for a page: uint8 [size, size, 3] or less. Raises BadRecord."""
+    pixels = shrink(decode(image, background=background), size)
+    side = min(pixels.shape[:2])
+    top, left = ((length - side) // 2 for length in pixels.shape[:2])
+    return pixels[top : top + side, left : left + side]
 
 
 def retrieval_details(

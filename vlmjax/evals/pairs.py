@@ -1,7 +1,6 @@
 """Whether a model tells the caption of an image from that of another (image-text matching)."""
 
 import itertools
-import logging
 import os
 from collections import Counter
 from typing import Any
@@ -13,12 +12,10 @@ import numpy as np
 from vlmjax.data.sources import captions_of, open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals.benchmark import Benchmark, EvalResult, key_at, select
-from vlmjax.evals.embed import gather, read_batches
+from vlmjax.evals.embed import gather, read_batches, tell_skipped
 from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
-
-_log = logging.getLogger(__name__)
 
 
 class MatchingEvaluator:
@@ -114,10 +111,7 @@ class MatchingEvaluator:
         failed = {note["index"]: note for note in itertools.chain(*gather(bad))}
         reasons = Counter(error.reason for error in self.skipped)
         reasons.update(note["reason"] for note in failed.values())
-        for note in itertools.islice(failed.values(), 20):
-            _log.warning(
-                "%s: skipped %s: %s %s", self.benchmark.name, note["key"], note["reason"], note["detail"]
-            )
+        tell_skipped(self.benchmark.name, list(failed.values()))
         if not found:
             raise DataError(f"{self.benchmark.data}: no record could be used ({dict(reasons)})")
         says = np.array(list(found.values()), np.float64)

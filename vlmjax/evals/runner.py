@@ -1,7 +1,6 @@
 """One benchmark from a source of records to numbers: for the training loop and the evaluate command."""
 
 import itertools
-import logging
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -10,18 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
-from vlmjax.data.images import decode, shrink
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals import gallery, zeroshot
 from vlmjax.evals.benchmark import Benchmark, EvalResult, select
-from vlmjax.evals.embed import CACHE_BYTES, Embedded, Embedder, read_batches
+from vlmjax.evals.embed import CACHE_BYTES, Embedded, Embedder, read_batches, tell_skipped
 from vlmjax.evals.labels import ClassFinder, ClassName, label_of, read_classes
 from vlmjax.evals.retrieval import distinct_captions, score_retrieval
 from vlmjax.evals.templates import fill, load_templates
 from vlmjax.sharding.mesh import local_rows
-
-_log = logging.getLogger(__name__)
 
 
 class Evaluator:
@@ -79,10 +75,7 @@ class Evaluator:
         """
         embedded = self.embedder.images(params, self._batches(), self.batch_size)
         reasons = dict(Counter(row["reason"] for row in embedded.skipped))
-        for row in embedded.skipped[:20]:
-            _log.warning(
-                "%s: skipped %s: %s %s", self.benchmark.name, row["key"], row["reason"], row["detail"]
-            )
+        tell_skipped(self.benchmark.name, embedded.skipped)
         if not embedded.notes:
             raise DataError(
                 f"{self.benchmark.data}: none of {len(self.indices)} records could be used ({reasons})"
@@ -99,11 +92,7 @@ class Evaluator:
 
     def thumbnail(self, index: int, size: int = 72) -> np.ndarray:
         """A small uint8 [height, width, 3] picture of a record of the source."""
-        background = self.embedder.transform.background
-        pixels = shrink(decode(self.source[index].image, background=background), size)
-        top, left = ((side - min(pixels.shape[:2])) // 2 for side in pixels.shape[:2])
-        side = min(pixels.shape[:2])
-        return pixels[top : top + side, left : left + side]
+        return gallery.square_picture(self.source[index].image, self.embedder.transform.background, size)
 
     def _batches(self) -> Any:
         """Host batches: read, and kept for the next run while they are small."""

@@ -89,6 +89,11 @@ class Writer:
         return np.asarray(out)[: len(prompts), :max_new_tokens]
 
 
+def until(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:
+    """Tokens of an answer up to the first that ends it."""
+    return ids[: int(np.argmax(np.append(np.isin(ids, ends), True)))]
+
+
 def batches(lengths: Sequence[int], batch_size: int) -> Iterator[tuple[int, list[int]]]:
     """Prompts in batches of like length: (tokens to compile for, which of them), the shorter ones first.
 

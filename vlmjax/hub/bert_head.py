@@ -14,6 +14,11 @@ from vlmjax.hub.source import locate
 _HEAD = "cls.predictions"
 
 
+def has_head(folder: str | os.PathLike[str]) -> bool:
+    """Whether a folder holds such a head."""
+    return any(name.startswith(f"{_HEAD}.") for name in safetensors.open_folder(locate(folder)))
+
+
 def load_head(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Read `cls.predictions` of a BertForMaskedLM or BertForPreTraining: parameters of a med.LanguageHead.
 

@@ -31,6 +31,14 @@ def open_prompt(inputs: Mapping[str, Any], config: BlipConfig) -> dict[str, np.n
     return {"input_ids": ids, "attention_mask": mask}
 
 
+def caption_prompt(prompt: str, tokenizer: Any, config: BlipConfig) -> np.ndarray:
+    """The ids, int32 [tokens], that a caption which begins with `prompt` goes on from; [DEC] alone for none."""
+    if not prompt:
+        return np.array([config.bos_token_id], np.int32)
+    found = open_prompt({"input_ids": np.array([tokenizer.encode(prompt)], np.int32)}, config)
+    return found["input_ids"][0][found["attention_mask"][0] > 0]
+
+
 def check_images(inputs: Mapping[str, Any], config: BlipConfig) -> None:
     """Raise UserError, on the host, unless there is one image for each text."""
     pixels, ids = inputs.get("pixel_values"), inputs.get("input_ids")

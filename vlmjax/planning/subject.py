@@ -12,6 +12,7 @@ from vlmjax.config import Config
 from vlmjax.data import recipe as data_recipe
 from vlmjax.data import text
 from vlmjax.data.conversation import MARK
+from vlmjax.data.recipe import DEC, ENC
 from vlmjax.errors import DataError, RecipeError, UserError
 from vlmjax.losses.choice import choose
 from vlmjax.losses.contrastive import info_nce
@@ -48,14 +49,15 @@ class Subject(NamedTuple):
 class Vocabulary(text.Tokenizer):
     """As much of a tokenizer as the shapes of a model depend on: how many tokens there are, the last one ends."""
 
-    def __init__(self, vocab_size: int):
-        """Ids in the order of CLIP's vocabulary."""
+    def __init__(self, vocab_size: int, **special: int):
+        """Ids in the order of CLIP's vocabulary; `special` are those of the tokens that a stage adds, by their text."""
         self.vocab_size, self.bos_token_id = vocab_size, vocab_size - 2
-        self.eos_token_id = self.pad_token_id = self.image_token_id = vocab_size - 1
+        self.eos_token_id = self.pad_token_id = vocab_size - 1
+        self._special = special
 
     def token_id(self, token: str) -> int | None:
-        """The placeholder of images; no other token is known."""
-        return self.image_token_id if token == MARK else None
+        """Of a special token; no other is known."""
+        return self._special.get(token)
 
     def encode(self, text: str) -> list[int]:
         """A text without words."""
@@ -108,20 +110,22 @@ def for_platform(recipe: Config, platform: str) -> Config:
 
 
 def without_missing_parts(recipe: Config) -> tuple[Config, str]:
-    """A recipe of a vision-language model whose imported parts can all be read here; and what is said of the others.
+    """A recipe of several parts whose imported ones can all be read here; and what is said of the others.
 
     In place of a folder that is not at hand, such as the one that an earlier stage will write, stand the recipe's own
     sizes.
     """
-    if recipe.stage != "generative":
+    words = {"generative": "language_from", "blip": "text_from"}.get(recipe.stage)
+    if words is None:
         return recipe, ""
     from vlmjax import hub
 
     copy, missing = Config(recipe.to_dict()), []
+    image = "image" if recipe.stage == "generative" else None
     for holder, key, part in (
         (copy, "init_from", None),
-        (copy.model, "image_from", "image"),
-        (copy.model, "language_from", None),
+        (copy.model, "image_from", image),
+        (copy.model, words, None),
     ):
         if holder[key]:
             try:
@@ -143,6 +147,8 @@ def vocabulary(recipe: Config) -> text.Tokenizer:
     name = data_recipe.tokenizer_name(recipe)
     if recipe.stage == "generative":
         return _vocabulary_with_images(recipe, name)
+    if recipe.stage == "blip":
+        return _vocabulary_of_blip(recipe, name)
     if recipe.init_from:
         with data_recipe.naming("init_from"):
             from vlmjax import hub
@@ -172,17 +178,37 @@ def _vocabulary_with_images(recipe: Config, name: str) -> text.Tokenizer:
 
     if recipe.init_from:
         config = hub.load_model(recipe.init_from).config
-        tokenizer = Vocabulary(config.text.vocab_size)
-        tokenizer.image_token_id = config.image_token_id
-        return tokenizer
+        return Vocabulary(config.text.vocab_size, **{MARK: config.image_token_id})
     if recipe.model.language_from:
-        return Vocabulary(hub.load_model(recipe.model.language_from).config.vocab_size + 1)
+        return _ending_in(hub.load_model(recipe.model.language_from).config.vocab_size + 1, MARK)
     if recipe.model.language.vocab_size:
-        return Vocabulary(recipe.model.language.vocab_size)
+        return _ending_in(recipe.model.language.vocab_size, MARK)
     if name.startswith("bpe:"):
-        return Vocabulary(int(name.removeprefix("bpe:")) + 1)
+        return _ending_in(int(name.removeprefix("bpe:")) + 1, MARK)
     with data_recipe.naming("data.tokenizer"):
         return text.with_token(text.load(name, recipe.data.max_length), MARK)
+
+
+def _vocabulary_of_blip(recipe: Config, name: str) -> text.Tokenizer:
+    """The same with the tokens that BLIP's texts begin with at its end, or where an imported model has them."""
+    from vlmjax import hub
+
+    if recipe.init_from:
+        config = hub.load_model(recipe.init_from).config
+        return Vocabulary(config.text.vocab_size, **{DEC: config.bos_token_id, ENC: config.enc_token_id})
+    if recipe.model.text.vocab_size:
+        return _ending_in(recipe.model.text.vocab_size, DEC, ENC)
+    if name.startswith("bpe:"):
+        return _ending_in(int(name.removeprefix("bpe:")) + 2, DEC, ENC)
+    with data_recipe.naming("data.tokenizer"):
+        found = text.load(name, recipe.model.text.max_length)
+        return text.with_token(text.with_token(found, DEC), ENC)
+
+
+def _ending_in(vocab_size: int, *special: str) -> Vocabulary:
+    """A stand-in whose last tokens are these."""
+    first = vocab_size - len(special)
+    return Vocabulary(vocab_size, **{token: first + place for place, token in enumerate(special)})
 
 
 def _lengths(recipe: Config, examples: int | None) -> tuple[Durations | None, str]:

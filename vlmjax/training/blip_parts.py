@@ -12,6 +12,7 @@ from vlmjax import hub
 from vlmjax.data import text
 from vlmjax.data.recipe import DEC, ENC, naming
 from vlmjax.errors import RecipeError, UserError
+from vlmjax.hub.bert_head import has_head, load_head
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import Blip
 from vlmjax.models.blip_config import BlipConfig
@@ -140,6 +141,8 @@ def import_blip(
         if name:
             found, params = hub.load(name)
             parts[key] = (getattr(found.config, key, found.config), params)
+    if recipe.model.text_from and has_head(recipe.model.text_from):
+        parts["head"] = load_head(recipe.model.text_from)
     try:
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
             started = from_towers(model, jax.jit(fresh)(), **parts)

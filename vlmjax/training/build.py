@@ -92,7 +92,7 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     )
 
 
-def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm:
+def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | Blip:
     """The model of a recipe, without parameters: what its stage trains.
 
     With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
@@ -133,7 +133,7 @@ def imported(recipe: Any) -> dict[str, str]:
 
 def import_params(
     recipe: Any,
-    model: Clip | Vlm,
+    model: Clip | Vlm | Blip,
     places: Any,
     fresh: Callable[[], Any],
     only: Callable[[str], bool] | None = None,
@@ -254,7 +254,7 @@ def _check_end(words: TextConfig | BertConfig, tokenizer: text.Tokenizer, name: 
         )
 
 
-def model_to_json(config: ClipConfig | VlmConfig) -> dict[str, Any]:
+def model_to_json(config: ClipConfig | VlmConfig | BlipConfig) -> dict[str, Any]:
     """A model config as json, for `workdir/model.json`."""
     if isinstance(config, VlmConfig):
         return vlm_parts.to_json(config)
@@ -265,7 +265,7 @@ def model_to_json(config: ClipConfig | VlmConfig) -> dict[str, Any]:
     return {**value, "text": {"kind": kind, **value["text"]}}
 
 
-def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm:
+def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | Blip:
     """Inverse of `model_to_json`, as a module."""
     if value.get("kind") == "vlm":
         return vlm_parts.from_json(value)
@@ -279,7 +279,7 @@ def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm:
     return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
 
 
-def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm]:
+def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm | Blip]:
     """The recipe of the run in a folder, and its model. Raises CheckpointError where it is not that of a run."""
     for name in ("recipe.json", "model.json"):
         if not folder.path(name).exists():
