@@ -144,6 +144,20 @@ def test_more_beams_find_likelier_answers():
     assert (sums[1] >= sums[0] - 1e-4).all() and (sums[1] > sums[0] + 0.1).any()
 
 
+def test_a_row_with_a_seed_of_its_own_draws_the_same_beside_whatever_rows():
+    inputs, options = prompts(), {"do_sample": True, "temperature": 3.0, "eos_token_id": None}
+    rows = len(inputs["input_ids"])
+    seeds = np.arange(7, 7 + rows)
+    whole = ours("llama", inputs, seed=seeds, **options)
+    order = np.roll(np.arange(rows), 1)
+    turned = {name: value[order] for name, value in inputs.items()}
+    np.testing.assert_array_equal(ours("llama", turned, seed=seeds[order], **options), whole[order])
+    assert (ours("llama", inputs, seed=seeds + 1, **options) != whole).any(axis=1).all()
+    for wrong in ({"seed": seeds[:-1]}, {"seed": seeds, "num_beams": 2}):
+        with pytest.raises(UserError, match="seed has shape"):
+            ours("llama", inputs, **options | wrong)
+
+
 def test_stop_sequences():
     plain = ours("llama", prompts())
     stop = plain[0, 4:6].tolist()

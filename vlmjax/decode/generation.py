@@ -33,7 +33,7 @@ def generate(
     params: Params,
     *,
     max_new_tokens: int,
-    seed: int | Sequence[int] = 0,
+    seed: int | Sequence[int] | np.ndarray = 0,
     **inputs_and_options: Any,
 ) -> Int[Array, "batch max_new_tokens"]:
     """Continue prompts.
@@ -66,7 +66,7 @@ def generate(
     return out[:, :max_new_tokens]
 
 
-def _key(seed: int | Sequence[int], options: Any, rows: int) -> Array:
+def _key(seed: int | Sequence[int] | np.ndarray, options: Any, rows: int) -> Array:
     """Of all rows, or of each. Raises UserError for another number of seeds than rows, or for beams of their own."""
     if np.ndim(seed) == 0:
         return jax.random.key(seed)
