@@ -25,7 +25,7 @@ def write_run(folder, ema):
     bpe.train_bpe(["a red circle"] * 9, 520, folder / "tokenizer")
     model = build.Clip(build.clip_config(recipe, build.text.load(folder / "tokenizer", 16)))
     workdir.write_json("recipe.json", recipe.to_dict())
-    workdir.write_json("model.json", build.model_to_json(model.config))
+    workdir.write_json("model.json", build.model_to_json(model))
     checkpoints = Checkpoints(workdir.checkpoints)
     shapes = jax.eval_shape(lambda: init_params(model, 0))
     rng = np.random.default_rng(0)

@@ -95,7 +95,8 @@ def augmentation(**settings) -> Config:
 def _evaluation_schema() -> Config:
     return Config(
         {
-            # zeroshot | retrieval, of dual encoders | vqa, of models that write | matching | caption, of BLIP
+            # zeroshot | retrieval, of dual encoders | vqa, of models that write | matching | caption | statements,
+            # of BLIP
             "benchmark": "",
             "data": "",  # a source as in data.train; empty: this entry is off
             "exclude": "",  # regex on record keys (re.search) to leave out
@@ -108,6 +109,9 @@ def _evaluation_schema() -> Config:
             "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
             "max_new_tokens": 16,  # vqa, caption: of what is written
             "prompt": "",  # caption: what every caption begins with
+            "clean": False,  # texts without signs, as data.clean="blip" has them in training
+            "answers": "",  # vqa, of BLIP: file of answers, of which the likeliest is taken; empty: it writes
+            "top": 128,  # vqa, of BLIP: look only at so many of them, those that begin likeliest; 0 = all
         }
     )
 
@@ -171,7 +175,7 @@ def recipe() -> Config:
         }
     )
     c.model.projection_dim = 512
-    # Stage "blip" alone: a ViT's folder (model.image_from) and a BERT's to begin with, and stochastic depth.
+    # Stages of BLIP alone: a ViT's folder (model.image_from) and a BERT's to begin with, and stochastic depth.
     c.model.text_from = (
         ""  # HF folder or id of a BertModel, whose tokenizer is used; the sizes stay those above
     )
@@ -288,6 +292,9 @@ def recipe() -> Config:
     c.data.images_per_row = 1  # places for images; a conversation with more is cut before the first too many
     c.data.blind = False  # grey pictures: how much the words alone teach
     c.data.lengths = ()  # that rows are padded to, in batches of like length with images or without; () = max_length
+    # What follows is for stage "blip_vqa": places for the different answers of a question, and tokens of each.
+    c.data.answers = 10
+    c.data.answer_length = 10
     c.data.packing = False  # several conversations in a row, none of which sees the others
 
     c.optimizer = Config()

@@ -15,12 +15,16 @@ METRICS = {
     "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
     "vqa": ("exact_match",),
     "matching": ("accuracy", "own", "other"),
+    "statements": ("right",),
     "caption": ("exact", "bleu4", "rouge_l", "cider"),
 }
+BLIP_STAGES = ("blip", "blip_vqa", "blip_nlvr")  # pretraining, and what has a model of its own
 BENCHMARKS_OF = {  # by stage
     "contrastive": ("zeroshot", "retrieval"),
     "generative": ("vqa",),
     "blip": ("zeroshot", "retrieval", "matching", "caption"),
+    "blip_vqa": ("vqa",),
+    "blip_nlvr": ("statements",),
 }
 
 _MOST_PROCESSES = 256  # each takes seconds to start and its own memory
@@ -49,6 +53,8 @@ def check_values(c: Any) -> None:
             f"config.loss.kind={c.loss.kind!r}, hard_negatives={c.loss.hard_negatives}: stage 'blip' has the plain "
             "softmax; leave both as they are"
         )
+    if c.stage in BLIP_STAGES[1:]:
+        _check_fine_tuning(c)
     _check_lora(c)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
@@ -132,6 +138,21 @@ def _check_loss(loss: Any) -> None:
                 raise RecipeError(
                     f"config.loss.{name}={loss[name]} belongs to the softmax; with kind='sigmoid' leave it at 0"
                 )
+
+
+def _check_fine_tuning(c: Any) -> None:
+    """What a stage that begins with a pretrained BLIP cannot be given."""
+    for key in ("image_from", "text_from"):
+        if c.model[key]:
+            raise RecipeError(
+                f"config.model.{key}={c.model[key]!r}: stage {c.stage!r} begins with a whole BLIP; set config.init_from"
+            )
+    if c.data.cache_decoded:
+        raise RecipeError(
+            f"config.data.cache_decoded={c.data.cache_decoded} is for pairs; with stage={c.stage!r} leave it 0"
+        )
+    for name, least in (("answers", 1), ("answer_length", 3)):
+        _at_least(c.data[name], least, f"config.data.{name}")
 
 
 def _check_lora(c: Any) -> None:
@@ -265,7 +286,11 @@ def _check_evals(c: Any) -> None:
             )
         if entry.blind and entry.benchmark != "vqa":
             raise RecipeError(f"config.evals.{name}.blind=True is for 'vqa'; leave it out")
-        for key, least in (("examples", 0), ("batch_size", 0), ("max_new_tokens", 1)):
+        if entry.answers and c.stage != "blip_vqa":
+            raise RecipeError(
+                f"config.evals.{name}.answers={entry.answers!r} is for stage 'blip_vqa'; leave it out"
+            )
+        for key, least in (("examples", 0), ("batch_size", 0), ("max_new_tokens", 1), ("top", 0)):
             _at_least(entry[key], least, f"config.evals.{name}.{key}")
     best = c.checkpoint.best_metric
     known = [

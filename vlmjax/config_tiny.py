@@ -34,7 +34,9 @@ def tiny(c: Config) -> Config:
         }
     )
     c.checkpoint.best_metric = ""
-    return {"generative": _tiny_generative, "blip": _tiny_blip}.get(c.stage, lambda c: c)(c)
+    forms = {"generative": _tiny_generative, "blip": _tiny_blip}
+    forms |= {"blip_vqa": _tiny_blip_vqa, "blip_nlvr": _tiny_blip_nlvr}
+    return forms.get(c.stage, lambda c: c)(c)
 
 
 def _tiny_blip(c: Config) -> Config:
@@ -53,6 +55,24 @@ def _tiny_blip(c: Config) -> Config:
             "caption": evaluation("caption", heldout, examples=128),
         }
     )
+    return c
+
+
+def _tiny_blip_vqa(c: Config) -> Config:
+    """Questions about scenes, each with one answer."""
+    c.batch_size = 32
+    c.model.text.max_length, c.model.text.positions = 24, 0
+    c.data.train, c.data.answers = "scenes:train:single:questions", 2
+    c.evals = Config({"vqa": evaluation("vqa", "scenes:heldout:single:questions", examples=128)})
+    return c
+
+
+def _tiny_blip_nlvr(c: Config) -> Config:
+    """Statements about two scenes."""
+    c.batch_size = 32
+    c.model.text.max_length, c.model.text.positions = 24, 0
+    c.data.train = "scenes:train:single:statements"
+    c.evals = Config({"nlvr": evaluation("statements", "scenes:heldout:single:statements", examples=256)})
     return c
 
 

@@ -57,6 +57,17 @@ _string("report", "", "Also write a report.html with what was found into this fo
 _string("keep", "", "Only records whose key this regular expression finds.")
 _string("exclude", "", "Not the records whose key this regular expression finds.")
 _string("prompt", "", "caption: what every caption begins with, such as 'a picture of'.")
+_string("answers", "", "vqa, of BLIP: file of answers, the likeliest of which is taken; empty: it writes.")
+flags.DEFINE_integer(
+    "top",
+    128,
+    "vqa, of BLIP: only so many answers, those that begin likeliest; 0 = all.",
+    0,
+    flag_values=FLAGS,
+)
+flags.DEFINE_bool(
+    "clean", False, "Texts without signs, as BLIP reads them (its data.clean).", flag_values=FLAGS
+)
 flags.DEFINE_integer("examples", 0, "Use the first this many records; 0 = all.", 0, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 256, "Images and texts at a time, over all devices.", 1, flag_values=FLAGS)
 flags.DEFINE_bool(
@@ -127,14 +138,13 @@ def load_model(path: str, mesh: Any, benchmark: str = "zeroshot") -> tuple[Any, 
     if tokenizer is None or transform is None:
         lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
         raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
-    from vlmjax.evals.choose import NEEDS
+    from vlmjax.evals.choose import missing
 
-    methods, needs = NEEDS.get(benchmark, ((), ""))
-    for method in methods:
-        if not hasattr(model, method):
-            raise DataError(
-                f"--model={path}: {type(model).__name__} has no {method}; --benchmark={benchmark} needs {needs}"
-            )
+    method, needs = missing(model, benchmark)
+    if method:
+        raise DataError(
+            f"--model={path}: {type(model).__name__} has no {method}; --benchmark={benchmark} needs {needs}"
+        )
     return model, jax.device_put(params, replicated(mesh)), tokenizer, transform
 
 
@@ -165,6 +175,9 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "blind",
         "max_new_tokens",
         "prompt",
+        "clean",
+        "answers",
+        "top",
     )
     benchmark = Benchmark(name=options.benchmark, **{name: options[name].value for name in fields})
     mesh = make_mesh()
@@ -189,7 +202,9 @@ def _evaluator(options: flags.FlagValues, benchmark: Any, *parts: Any) -> Any:
     from vlmjax.data.form import Form
     from vlmjax.evals.choose import Evaluators
 
-    form = (read_form(options.model) if options.benchmark == "vqa" else None) or Form()
+    form = (
+        read_form(options.model) if options.benchmark == "vqa" else None
+    ) or Form()  # None: it has no turns
     if options.template != "auto":
         form = dataclasses.replace(form, template=options.template)
     return Evaluators(*parts, form=form, images_per_row=_MOST_IMAGES).of(benchmark)

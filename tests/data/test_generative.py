@@ -66,7 +66,7 @@ def talks(count: int = 60, bad: bool = True) -> Memory:
 
 def train(source, words, form=PLAIN, **options) -> TrainData:
     options = {"batch_size": 8, "seed": SEED, "threads": 0, "chunk": 3, "max_bad_share": 0.5} | options
-    return TrainData(source, TRANSFORM, words, generative=form, **options)
+    return TrainData(source, TRANSFORM, words, kind=form, **options)
 
 
 def take(data: TrainData, count: int) -> list[dict[str, np.ndarray]]:

@@ -50,7 +50,7 @@ def run(adapted, tmp_path_factory):
     group = Config({"rank": 3, "alpha": 6.0, "targets": CONFIG.targets, "dropout": 0.1})
     recipe = tiny_vlm.recipe(init_from=str(folder / "base"), lora=group)
     workdir.write_json("recipe.json", recipe.to_dict())
-    workdir.write_json("model.json", build.model_to_json(tiny_vlm.model().config))
+    workdir.write_json("model.json", build.model_to_json(tiny_vlm.model()))
     state = {"params": {}, "frozen": {}, "ema": {}, "opt_state": {"mu": np.zeros(3)}}
     for name, value in jax.tree.map(jax.numpy.asarray, params).items():
         state["params" if name in ("lora", "bridge") else "frozen"][name] = value

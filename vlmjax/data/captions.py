@@ -97,6 +97,11 @@ def blip_caption(text: str, words: int = 30) -> str:
     return " ".join(_SIGNS.sub(" ", text.lower()).split()[:words])
 
 
+def blip_question(text: str, words: int = 50) -> str:
+    """A question likewise, its signs left out; a question mark is none of them (salesforce/BLIP, data/utils.py)."""
+    return " ".join(_SIGNS.sub("", text.lower()).split()[:words])
+
+
 @functools.lru_cache
 def _weights(choice: str) -> np.ndarray:
     kind, _, numbers = choice.partition(":")

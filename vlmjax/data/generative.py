@@ -11,6 +11,7 @@ import numpy as np
 from vlmjax.data import conversation, images, loader, packing, pieces, plan
 from vlmjax.data.captions import CaptionRule
 from vlmjax.data.conversation import Conversation
+from vlmjax.data.examples import part_of
 from vlmjax.data.grouped import GroupedChunk
 from vlmjax.data.loader import Batch, Done, Failure
 from vlmjax.data.packed import PackedChunk
@@ -149,7 +150,7 @@ class GenerativeExamples:
         for position, index, row, start, room, segment in _places(chunk, length):
             made = loader.guarded(self.source, index, lambda i=index, p=position: self._example(i, p))
             if isinstance(made, Failure):
-                failures.append(made._replace(source=self._part(index)))
+                failures.append(made._replace(source=part_of(self.source, index)))
                 self._name(out, row, made.key)
                 continue
             encoded = made.encoded
@@ -176,11 +177,6 @@ class GenerativeExamples:
 
     def _name(self, out: Batch, row: int, key: str) -> None:
         out["key"][row] = f"{out['key'][row]} {key}".strip()
-
-    def _part(self, index: int) -> str:
-        """The name of the source, of several, that an example is of."""
-        part_name = getattr(self.source, "part_name", None)
-        return part_name(index) if part_name else self.source.name
 
     def measure(self, positions: np.ndarray, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(tokens, images) of the examples that stand at these positions: int64 [n] each. No image is decoded.

@@ -17,14 +17,24 @@ from vlmjax.data.grouped import GroupedChunks
 from vlmjax.data.loader import Batch, SkipCounter
 from vlmjax.data.mixture import Mixture
 from vlmjax.data.packed import PackedChunks
+from vlmjax.data.questions import QuestionExamples, Questions
 from vlmjax.data.record import Record
 from vlmjax.data.sources import Source, together
+from vlmjax.data.statements import StatementExamples, Statements
 from vlmjax.data.text import Tokenizer
 from vlmjax.data.windows import BEGINNING, Place
 from vlmjax.errors import DataError
 
 _log = logging.getLogger(__name__)
 _LOOK_AHEAD = 64  # batches; a remote shard takes seconds to come
+
+# What makes the rows of each kind, and which settings of captions it takes.
+KINDS: dict[type, tuple[Any, tuple[str, ...]]] = {
+    type(None): (Examples, ("captions", "templates", "cache_decoded", "cache_bytes")),
+    Rows: (GenerativeExamples, ("captions", "templates")),
+    Questions: (QuestionExamples, ()),
+    Statements: (StatementExamples, ()),
+}
 
 
 @dataclasses.dataclass
@@ -61,8 +71,9 @@ class TrainData:
 
     A batch is a dict of arrays over this host's rows: pixel_values uint8 [b, h, w, 3], input_ids and
     attention_mask int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot
-    be used leaves a row of zero pixels with the empty text and valid False. With `generative`, rows hold
-    conversations: see `generative.GenerativeExamples`. Where they are packed, a row of step s is one of the rows that
+    be used leaves a row of zero pixels with the empty text and valid False. With another `kind`, rows hold
+    conversations, questions or statements: see `generative.GenerativeExamples`, `questions.QuestionExamples`,
+    `statements.StatementExamples`. Where conversations are packed, a row of step s is one of the rows that
     windows of examples were packed into, in their order, and "the example at g" counts through the windows; where they
     are grouped by length, likewise with batches for rows, whose shapes differ.
 
@@ -95,7 +106,7 @@ class TrainData:
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
         cache_bytes: int = 2 << 30,
-        generative: Rows | None = None,
+        kind: Rows | Questions | Statements | None = None,
     ):
         """Set up; nothing is read before the first batch.
 
@@ -122,7 +133,7 @@ class TrainData:
             cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
                 small and seen many times, where decoding would dominate.
             cache_bytes: bound of that memory, of all processes together.
-            generative: what rows of conversations are; None for pairs of an image and a text. The cache is for pairs.
+            kind: what rows are that hold no pair of an image and a text, for which it is None. The cache is for pairs.
 
         Raises:
             DataError: fewer examples than one batch, or the same data in two sources.
@@ -149,17 +160,21 @@ class TrainData:
             "clean": clean,
             "background": background,
             "max_pixels": max_pixels,
+            "cache_decoded": cache_decoded,
+            "cache_bytes": cache_bytes // max(1, processes),
         }
-        self._examples: Examples | GenerativeExamples
-        if generative is None:
-            settings |= {"cache_decoded": cache_decoded, "cache_bytes": cache_bytes // max(1, processes)}
-            self._examples = Examples(self.source, image_transform, tokenizer, **settings)
-        else:
-            self._examples = GenerativeExamples(
-                self.source, image_transform, tokenizer, generative, **settings
+        made, names = KINDS[type(kind)]
+        if cache_decoded and "cache_decoded" not in names:
+            raise DataError(
+                f"cache_decoded={cache_decoded} is for pairs of an image and a text; leave it out"
             )
-        windowed = generative is not None and (generative.packing or generative.lengths)
-        self._windowed = generative if windowed else None  # what batches are made of windows of examples
+        own = {name: settings[name] for name in ("seed", "clean", "background", "max_pixels", *names)}
+        given = (self.source, image_transform, tokenizer, *([] if kind is None else [kind]))
+        self._examples: Examples | GenerativeExamples | QuestionExamples | StatementExamples = made(
+            *given, **own
+        )
+        windowed = isinstance(kind, Rows) and (kind.packing or kind.lengths)
+        self._windowed = kind if windowed else None  # what batches are made of windows of examples
         # Where `step` begins, of such batches; not known when a run is begun late, then it is added up.
         self._place = BEGINNING if start_step == 0 else None
         self._batches: loader.Batches | None = None
@@ -239,10 +254,10 @@ class TrainData:
 
         Raises:
             BadRecord: it has none.
-            DataError: rows are conversations.
+            DataError: rows are of another kind.
         """
         if not isinstance(self._examples, Examples):
-            raise DataError("rows are conversations, not pairs of an image and a text")
+            raise DataError("rows are no pairs of an image and a text")
         return self._examples.text(record, step * self.batch_size + row)
 
     def work(self) -> dict[str, int | float]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from vlmjax.config_checks import BLIP_STAGES
 from vlmjax.data import bpe, mixture, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.conversation import MARK
@@ -14,7 +15,9 @@ from vlmjax.data.generative import Rows
 from vlmjax.data.pieces import Pieces
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.plan import permute
+from vlmjax.data.questions import Questions
 from vlmjax.data.sources import Source, captions_of, open_sources, turns_of
+from vlmjax.data.statements import Statements
 from vlmjax.errors import DataError, HubError, RecipeError
 
 DEC, ENC = "[DEC]", "[ENC]"  # of BLIP: they stand before a text that is to be written, or read with its image
@@ -59,7 +62,7 @@ def tokenizer_name(recipe: Any) -> str:
 
 def _words_from(recipe: Any) -> str:
     """The folder whose text model, and so whose tokenizer, a recipe imports."""
-    return recipe.model.get("text_from" if recipe.stage == "blip" else "language_from", "")
+    return recipe.model.get("text_from" if recipe.stage in BLIP_STAGES else "language_from", "")
 
 
 def special_tokens(recipe: Any) -> tuple[str, ...]:
@@ -67,7 +70,9 @@ def special_tokens(recipe: Any) -> tuple[str, ...]:
 
     The mark of an image where rows are conversations; with BLIP what texts to be written and to be read begin with.
     """
-    return {"generative": (MARK,), "blip": (DEC, ENC)}.get(recipe.stage, ())
+    if recipe.stage in BLIP_STAGES:
+        return (DEC, ENC)
+    return (MARK,) if recipe.stage == "generative" else ()
 
 
 def open_tokenizer(
@@ -161,7 +166,11 @@ def train_data(
     if recipe.stage == "generative":
         with naming("data.conversation.template"):
             Pieces(tokenizer).template(data.conversation.template)
-        settings["generative"] = generative_rows(recipe, tokenizer, image_size, image_tokens)
+        settings["kind"] = generative_rows(recipe, tokenizer, image_size, image_tokens)
+    if recipe.stage == "blip_vqa":
+        settings["kind"] = Questions(data.answers, data.answer_length)
+    if recipe.stage == "blip_nlvr":
+        settings["kind"] = Statements()
     pad = tuple(data.mean) if data.pad_to_square else None
     transform = TrainTransform(image_size, data.augment.to_dict(), background=background, pad=pad)
     return TrainData(sources, transform, tokenizer, **settings | options)

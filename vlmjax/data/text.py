@@ -97,6 +97,15 @@ class Tokenizer:
         mask = places >= self.max_length - lengths if self._pad_left else places < lengths
         return {"input_ids": ids.astype(np.int32, copy=False), "attention_mask": mask.astype(np.int32)}, cut
 
+    def at_length(self, max_length: int) -> "Tokenizer":
+        """The same tokenizer with rows of another length. Raises DataError for one without room for a text."""
+        needed = (len(self._before) + len(self._after)) // 4
+        if max_length <= needed:
+            raise DataError(f"text length {max_length} leaves no room beside {needed} special tokens")
+        other = copy.copy(self)
+        other.max_length = max_length
+        return other
+
     def _room(self) -> int:
         """Bytes of a row beside the special tokens."""
         return max(0, 4 * self.max_length - len(self._before) - len(self._after))

@@ -1,6 +1,5 @@
 """`rank`: how likely a model finds each of several answers; each prompt is read once."""
 
-import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -78,8 +77,7 @@ def rank(
     return Ranking(*_program(language, top, label_smoothing, params, inputs, *jax.device_put(tuple(both))))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _program(
+def scores(
     language: Language,
     top: int | None,
     label_smoothing: float,
@@ -88,6 +86,7 @@ def _program(
     ids: Int[Array, "batch candidates tokens"],
     mask: Int[Array, "batch candidates tokens"],
 ) -> tuple[Float[Array, "batch candidates"], Float[Array, "batch candidates"]]:
+    """What `rank` computes, traceable: sums and means of answers that come after prepared `inputs`."""
     cache, first, positions = prefill(language, params, inputs, ids.shape[2])
     if top is None:
         return _scored(language, label_smoothing, params, (cache, first, positions), ids, mask)
@@ -99,6 +98,9 @@ def _program(
     rows, blank = jnp.arange(ids.shape[0])[:, None], jnp.full(ids.shape[:2], -jnp.inf)
     sums, means = (blank.at[rows, chosen].set(scores) for scores in found)
     return sums, means
+
+
+_program = jax.jit(scores, static_argnums=(0, 1, 2))
 
 
 def _scored(

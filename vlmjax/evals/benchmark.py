@@ -17,7 +17,8 @@ class Benchmark:
 
     Attributes:
         name: under which results are reported.
-        benchmark: `zeroshot`, `retrieval`, `vqa` (see `answers`), `matching` (`pairs`) or `caption` (`captioning`).
+        benchmark: `zeroshot`, `retrieval`, `vqa` (see `answers`, `asked`), `matching` (`pairs`), `caption`
+            (`captioning`) or `statements`.
         data: a source (shards, folder file, `scenes:heldout`, ...).
         keep, exclude: regular expressions searched in record keys; empty: all records, none.
         examples: use the first this many records; 0 = all.
@@ -29,6 +30,9 @@ class Benchmark:
         blind: vqa: every image in the mean colour: what the questions alone give away.
         max_new_tokens: vqa and caption: of what is written.
         prompt: caption: what a caption begins with, which is not part of it.
+        clean: texts without signs, as BLIP reads them: its `data.clean`.
+        answers: vqa of BLIP: a file of answers, one on each line, the likeliest of which is taken; empty: it writes.
+        top: vqa of BLIP: only so many of them, those that begin likeliest; 0 = all.
     """
 
     name: str
@@ -44,6 +48,9 @@ class Benchmark:
     blind: bool = False
     max_new_tokens: int = 16
     prompt: str = ""
+    clean: bool = False
+    answers: str = ""
+    top: int = 128
 
     def __post_init__(self) -> None:
         """Raise DataError for a benchmark that does not exist."""

@@ -7,21 +7,35 @@ import jax
 
 from vlmjax.data.form import Form
 from vlmjax.evals.answers import AnswerEvaluator
+from vlmjax.evals.asked import BlipAnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark
 from vlmjax.evals.captioning import CaptionEvaluator
 from vlmjax.evals.embed import Embedder
 from vlmjax.evals.pairs import MatchingEvaluator
 from vlmjax.evals.runner import Evaluator
+from vlmjax.evals.statements import StatementEvaluator
 from vlmjax.evals.writing import Writer
+from vlmjax.models.blip_tasks import BlipVqa
 
-# What a model has to have for each benchmark, and what such a model is called.
+# The methods that a model has to have for each benchmark, any of these sets of them, and what such a model is called.
 NEEDS = {
-    "zeroshot": (("encode_image", "encode_text"), "both towers"),
-    "retrieval": (("encode_image", "encode_text"), "both towers"),
-    "vqa": (("image_features", "prepare"), "a model that writes about images"),
-    "matching": (("match",), "a model that says whether image and text match (BLIP)"),
-    "caption": (("decode_text",), "a model that writes captions (BLIP)"),
+    "zeroshot": ([("encode_image", "encode_text")], "both towers"),
+    "retrieval": ([("encode_image", "encode_text")], "both towers"),
+    "vqa": (
+        [("image_features", "prepare"), ("encode_question",)],
+        "a model that answers questions about images",
+    ),
+    "matching": ([("match",)], "a model that says whether image and text match (BLIP)"),
+    "caption": ([("decode_text",)], "a model that writes captions (BLIP)"),
+    "statements": ([("judge",)], "a model that judges statements about two images (BLIP)"),
 }
+
+
+def missing(model: Any, benchmark: str) -> tuple[str, str]:
+    """A method that a model lacks for a benchmark, "" for none, and what is needed, in words."""
+    ways, needs = NEEDS.get(benchmark, ([()], ""))
+    lacking = [[name for name in way if not hasattr(model, name)] for way in ways]
+    return ("" if [] in lacking else lacking[0][0]), needs
 
 
 class Evaluators:
@@ -53,6 +67,10 @@ class Evaluators:
         """The evaluator of a benchmark, its source opened. Raises DataError where that cannot be used."""
         parts = {**self._parts, "source": source}
         match benchmark.benchmark:
+            case "vqa" if isinstance(self._parts["model"], BlipVqa):
+                return BlipAnswerEvaluator(benchmark, **parts, writer=self._writer)
+            case "statements":
+                return StatementEvaluator(benchmark, **parts)
             case "vqa":
                 said = {"form": self._form, "images_per_row": self._images_per_row, "writer": self._writer}
                 return AnswerEvaluator(benchmark, **parts, **said)

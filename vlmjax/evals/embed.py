@@ -122,6 +122,8 @@ def read_batches(
     transform: Any,
     describe: Describe,
     *,
+    pictures: Callable[[Any], Sequence[Any]] | None = None,
+    slots: int = 0,
     threads: int = 4,
 ) -> Iterator[Batch]:
     """Read this process's `rows` of each global batch of `batch_size`, in order, two batches ahead.
@@ -131,17 +133,19 @@ def read_batches(
 
     Args:
         describe: record -> what to remember of it (JSON values); raises BadRecord to leave it out.
+        pictures: record -> its images, as many as `slots`: pixels are [slots, height, width, 3] then; None: its one.
+        slots: see `pictures`.
         threads: records read and decoded at a time.
     """
     if transform.output_size is None:
         raise DataError("the model's image preprocessing sets no crop size: its images cannot form a batch")
-    shape = (*transform.output_size, 3)
+    shape = (*([slots] if slots else []), *transform.output_size, 3)
     starts = range(0, len(indices), batch_size)
 
     def one(position: int) -> tuple[np.ndarray | None, dict[str, Any] | None]:
         if position >= len(indices):
             return None, None
-        return _read(source, indices[position], transform, describe)
+        return _read(source, indices[position], transform, describe, pictures)
 
     with ThreadPoolExecutor(max(1, threads)) as pool:
 
@@ -161,17 +165,18 @@ def read_batches(
 
 
 def _read(
-    source: Any, index: int, transform: Any, describe: Describe
+    source: Any, index: int, transform: Any, describe: Describe, pictures: Any
 ) -> tuple[np.ndarray | None, dict[str, Any]]:
     key = ""
     try:
         record = source[index]
         key = record.key
         note = describe(record)
-        image = transform(decode(record.image, background=transform.background))
+        found = pictures(record) if pictures else (record.image,)
+        images = [transform(decode(image, background=transform.background)) for image in found]
     except BadRecord as error:
         return None, {"index": index, "key": error.key or key, "reason": error.reason, "detail": error.detail}
-    return image, {"index": index, "key": key, **note}
+    return np.stack(images) if pictures else images[0], {"index": index, "key": key, **note}
 
 
 def tell_skipped(name: str, rows: Sequence[dict[str, Any]]) -> None:

@@ -12,6 +12,7 @@ TITLES = {
     "accuracy": "matches told from others",
     "own": "own captions recognised",
     "other": "others refused",
+    "right": "statements judged right",
     "exact": "exact captions",
     "bleu4": "BLEU-4",
     "rouge_l": "ROUGE-L",

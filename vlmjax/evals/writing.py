@@ -13,6 +13,7 @@ from vlmjax.decode.generation import row_keys
 from vlmjax.decode.language import language_of
 from vlmjax.decode.options import Options
 from vlmjax.decode.prompts import bucket, check_room
+from vlmjax.models.blip_tasks import BlipVqa
 from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
@@ -27,16 +28,20 @@ class Writer:
     def __init__(self, model: Any, transform: Any, mesh: jax.sharding.Mesh):
         """`model` is one that `decode.generate` takes; `transform` its own EvalTransform, with `mean` and `std`."""
         self.mesh, self._language = mesh, language_of(model)
+        self._asks = isinstance(model, BlipVqa)
         language = self._language
 
         @on_mesh(mesh)
         def write(options: Options, new: int, limit: int, params: Any, inputs: Mapping[str, Array]) -> Array:
             pixels = normalized(inputs["pixel_values"], transform.mean, transform.std)
-            given = {name: value for name, value in inputs.items() if name != "seeds"}
+            given = {name: value for name, value in inputs.items() if name != "seeds"} | {
+                "pixel_values": pixels
+            }
+            given = model.asked(**given) if self._asks else given
             run = beams.run if options.num_beams > 1 else loop.run
             key = jax.random.key(0) if options.num_beams > 1 else row_keys(inputs["seeds"])
             limits = jnp.full((), limit, jnp.int32), key
-            return run(language, options, new, params, {**given, "pixel_values": pixels}, *limits)
+            return run(language, options, new, params, given, *limits)
 
         self._write = jax.jit(write, static_argnums=(0, 1, 2), out_shardings=replicated(mesh))
 
@@ -73,7 +78,8 @@ class Writer:
           seeds: of this process's rows, where answers are drawn.
           options: others of `decode.Options`, greedy without.
         """
-        check_room(max(map(len, prompts)), max_new_tokens, self._language.room(params))
+        # Of a question the answer is no continuation: it begins with a token of its own.
+        check_room(1 if self._asks else max(map(len, prompts)), max_new_tokens, self._language.room(params))
         ids = np.full((batch_size, length), pad, np.int32)
         mask = np.zeros((batch_size, length), np.int32)
         mask[:, 0] = 1  # a row without a prompt still needs a token

@@ -42,7 +42,7 @@ def from_pretraining(
     Args:
       model: the form to begin.
       fresh: its parameters as `init` gives them, or their shapes (`jax.eval_shape`) for a form that adds none.
-      source: the other model, a Blip for most; a captioner can begin a captioner.
+      source: the other model, a Blip for most, or one of the same form.
       source_params: its parameters.
 
     Raises:
@@ -50,10 +50,11 @@ def from_pretraining(
     """
     found = flatten_dict(dict(source_params), sep="/")
     start, problems = {}, []
+    again = type(source) is type(model)
     other = isinstance(model, BlipVqa) and model.config.text.width != model.config.image.width
     for path, leaf in flatten_dict(dict(fresh), sep="/").items():
-        there, layers = _source(model, path)
-        if _NEW.fullmatch(path) or (other and _NEW_WIDTH.fullmatch(path)):
+        there, layers = (path, None) if again else _source(model, path)
+        if not again and (_NEW.fullmatch(path) or (other and _NEW_WIDTH.fullmatch(path))):
             start[path] = leaf
             continue
         if there not in found:

@@ -134,14 +134,21 @@ class BlipVqa(Images):
                 f"attention_mask has shape {mask.shape}, cross_attention_mask {seen.shape}, input_ids {ids.shape}; "
                 "give all of one shape"
             )
-        start = np.full((len(ids), 1), self.config.bos_token_id, np.int32)
+        return self.asked(ids, mask, inputs["pixel_values"], seen)
+
+    def asked(
+        self, input_ids: Any, attention_mask: Any, pixel_values: Any, cross_attention_mask: Any = None
+    ) -> dict[str, Any]:
+        """A prepared prompt: arguments as of `prompt`, checked or traced."""
+        start = jnp.full((input_ids.shape[0], 1), self.config.bos_token_id, jnp.int32)
+        seen = attention_mask if cross_attention_mask is None else cross_attention_mask
         return {
             "input_ids": start,
-            "attention_mask": np.ones_like(start),
-            "question_ids": ids,
-            "question_mask": mask,
+            "attention_mask": jnp.ones_like(start),
+            "question_ids": input_ids,
+            "question_mask": attention_mask,
             "cross_attention_mask": seen,
-            "pixel_values": inputs["pixel_values"],
+            "pixel_values": pixel_values,
         }
 
     def context(
@@ -286,6 +293,10 @@ class BlipNlvr(Images):
         ids = first_token(input_ids, attention_mask, self.config.enc_token_id)
         texts = self.text_encoder(ids, attention_mask, states.reshape(batch, 2, *states.shape[1:]), train)
         return self.cls_out(nn.relu(self.cls_dense(texts[:, 0].astype(jnp.float32))))
+
+    def judge(self, *inputs: Any) -> Float[Array, "batch 2"]:
+        """As a call: a name by which this form can be told."""
+        return self(*inputs)
 
 
 def example_inputs(model: BlipVqa | BlipNlvr) -> dict[str, Any]:

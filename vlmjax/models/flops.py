@@ -105,18 +105,71 @@ def blip_train_flops(config: BlipConfig, batch: int, length: int, *, momentum: b
     """Count a step of BLIP's pretraining on texts of `length` tokens, everything trained.
 
     An image pass, a text alone, and four texts that look at an image (three to be matched, one to be written), each
-    three times for the backward pass; with `momentum` image and text alone once more. Looking at N image states of
-    width D costs a layer of width W over T tokens 4 T W^2 (q, out) + 4 N D W (k, v) + 4 T N W.
+    three times for the backward pass; with `momentum` image and text alone once more.
     """
-    words, states = config.text, math.prod(config.image.grid) + 1
+    words = config.text
     image = forward_flops(config.image, 1, train=True)
     alone = _blocks(words, length)
-    looks = 4 * length * words.width**2 + 4 * states * words.width * (config.image.width + length)
-    seeing = alone + words.depth * looks
-    head = 2 * length * words.width * (words.width + words.vocab_size)
+    seeing = alone + _looks(words, length, _states(config), config.image.width)
     joint = 2 * (config.image.width + words.width) * config.projection_dim
     once = image + alone + joint
-    return batch * (3 * (once + 4 * seeing + head) + (once if momentum else 0))
+    return batch * (3 * (once + 4 * seeing + _word_scores(words, length)) + (once if momentum else 0))
+
+
+def blip_vqa_train_flops(
+    config: BlipConfig, batch: int, length: int, answers: int, answer: int, *, trained: Sequence[str] = ()
+) -> int:
+    """Count a step on questions of `length` tokens with `answers` answers of `answer` tokens each.
+
+    Questions look at images, answers at the states of their question. A part that is not trained costs one forward
+    pass, or two above one that is.
+    """
+    words = config.text
+    question = _blocks(words, length) + _looks(words, length, _states(config), config.image.width)
+    # The states of a question are projected once for all of its answers.
+    said = answers * (
+        _blocks(words, answer) + _looks(words, answer, length, words.width) + _word_scores(words, answer)
+    )
+    said -= (answers - 1) * words.depth * 4 * length * words.width**2
+    parts = {
+        "vision_model": forward_flops(config.image, 1, train=True),
+        "text_encoder": question,
+        "text_decoder": said,
+    }
+    return batch * _trained(parts, trained)
+
+
+def blip_nlvr_train_flops(config: BlipConfig, batch: int, length: int, *, trained: Sequence[str] = ()) -> int:
+    """Count a step on statements of `length` tokens about two images, at each of which a layer looks."""
+    words = config.text
+    looks = 2 * _looks(words, length, _states(config), config.image.width)
+    parts = {
+        "vision_model": forward_flops(config.image, 2, train=True),
+        "text_encoder": _blocks(words, length) + looks,
+    }
+    return batch * _trained(parts, trained)
+
+
+def _trained(parts: Mapping[str, int], trained: Sequence[str]) -> int:
+    """Forward passes of parts that lie above each other, with what their gradients cost."""
+    total, below = 0, False
+    for name, forward in parts.items():
+        total += forward * (3 if name in trained else 2 if below else 1)
+        below = below or name in trained
+    return total
+
+
+def _states(config: BlipConfig) -> int:
+    return math.prod(config.image.grid) + 1
+
+
+def _looks(words: BertConfig, length: int, states: int, width: int) -> int:
+    """Looking at N states of width D: a layer of width W takes 4 T W^2 (q, out) + 4 N D W (k, v) + 4 T N W."""
+    return words.depth * (4 * length * words.width**2 + 4 * states * words.width * (width + length))
+
+
+def _word_scores(words: BertConfig, length: int) -> int:
+    return 2 * length * words.width * (words.width + words.vocab_size)
 
 
 def _blocks(config: VitConfig | TextConfig | BertConfig, tokens: int) -> int:

@@ -9,6 +9,7 @@ import optax
 from jax.sharding import Mesh
 
 from vlmjax.config import Config
+from vlmjax.config_checks import BLIP_STAGES
 from vlmjax.data import recipe as data_recipe
 from vlmjax.data import text
 from vlmjax.data.conversation import MARK
@@ -115,9 +116,9 @@ def without_missing_parts(recipe: Config) -> tuple[Config, str]:
     In place of a folder that is not at hand, such as the one that an earlier stage will write, stand the recipe's own
     sizes.
     """
-    words = {"generative": "language_from", "blip": "text_from"}.get(recipe.stage)
-    if words is None:
+    if recipe.stage not in ("generative", *BLIP_STAGES):
         return recipe, ""
+    words = "language_from" if recipe.stage == "generative" else "text_from"
     from vlmjax import hub
 
     copy, missing = Config(recipe.to_dict()), []
@@ -147,7 +148,7 @@ def vocabulary(recipe: Config) -> text.Tokenizer:
     name = data_recipe.tokenizer_name(recipe)
     if recipe.stage == "generative":
         return _vocabulary_with_images(recipe, name)
-    if recipe.stage == "blip":
+    if recipe.stage in BLIP_STAGES:
         return _vocabulary_of_blip(recipe, name)
     if recipe.init_from:
         with data_recipe.naming("init_from"):

@@ -10,15 +10,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from vlmjax.errors import RecipeError
 from vlmjax.losses.token_cross_entropy import token_cross_entropy
 from vlmjax.models import flops
 from vlmjax.models.layers import DTYPES
 from vlmjax.models.lora import LoraConfig, applied, placement, sizes, variables, with_adapters
 from vlmjax.ops.flash import choose_attention
 from vlmjax.ops.pixels import normalized
-from vlmjax.sharding.mesh import batch_shards
-from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage
+from vlmjax.stages.stage import Batch, Extra, Params, Rules, Shapes, Stage, check_micro_batches
 
 
 class Generative(Stage):
@@ -43,11 +41,7 @@ class Generative(Stage):
         self.frozen_dtype = model.config.text.dtype
         self.lengths = tuple(recipe.data.lengths) or (self.length,)
         self.model = _with_attention(model, recipe.model.attention, mesh, self.lengths)
-        rows = recipe.batch_size // recipe.micro_batches
-        if rows % batch_shards(mesh):
-            raise RecipeError(
-                f"config.micro_batches={recipe.micro_batches} leaves {rows} rows for {batch_shards(mesh)} devices"
-            )
+        check_micro_batches(recipe, mesh)
 
     def describe(self) -> str:
         """One line for the start of a run."""

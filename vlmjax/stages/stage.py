@@ -4,7 +4,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from flax import linen as nn
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from vlmjax.errors import RecipeError
+from vlmjax.sharding.mesh import batch_shards
 
 Params = Mapping[str, Any]
 Batch = Mapping[str, Array]
@@ -86,3 +90,12 @@ class Stage:
     def carry_on(self, extra: Extra, trainable: Params, features: Mapping[str, Array], batch: Batch) -> Extra:
         """What it carries after a step, given the updated parameters and the features of the step's batch."""
         return extra
+
+
+def check_micro_batches(recipe: Any, mesh: Mesh) -> None:
+    """Raise RecipeError where a part of the batch cannot be split over the devices."""
+    rows = recipe.batch_size // recipe.micro_batches
+    if rows % batch_shards(mesh):
+        raise RecipeError(
+            f"config.micro_batches={recipe.micro_batches} leaves {rows} rows for {batch_shards(mesh)} devices"
+        )

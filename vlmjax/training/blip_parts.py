@@ -17,10 +17,20 @@ from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import Blip
 from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.blip_start import from_pretraining, from_towers
+from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import ClipVision
 from vlmjax.models.vit import VitConfig
 
 KINDS = {"image_from": ClipVision, "text_from": Bert}
+AnyBlip = Blip | BlipVqa | BlipNlvr
+# The model of each stage.
+FORMS: dict[str, type] = {"blip": Blip, "blip_vqa": BlipVqa, "blip_nlvr": BlipNlvr}
+# Top-level groups of parameters that a stage's model takes from one it begins with.
+_GROUPS = {
+    "blip": ("vision_model", "text_model", "vision_proj", "text_proj", "itm_head", "temp"),
+    "blip_vqa": ("vision_model", "text_encoder", "text_decoder"),
+    "blip_nlvr": ("vision_model", "text_encoder"),
+}
 Tree = Any
 
 
@@ -28,7 +38,7 @@ def blip_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, st
     """BlipConfig of a recipe's `model` group.
 
     Args:
-      recipe: of stage "blip".
+      recipe: of one of BLIP's stages.
       tokenizer: with the tokens DEC and ENC.
       compute: `dtype` and `remat` of both transformers.
 
@@ -63,18 +73,19 @@ def blip_config(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, st
     )
 
 
-def make_blip(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str]) -> Blip:
+def make_blip(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str]) -> AnyBlip:
     """The model of a recipe, without parameters: its own, or that of the folder it starts from at its image size.
 
     Raises:
       RecipeError: a folder that holds something else, or another model's tokenizer.
     """
+    form = FORMS[recipe.stage]
     if not recipe.init_from:
         for key, kind in KINDS.items():
             if recipe.model[key]:
                 _model_in(recipe, f"model.{key}", kind)
-        return Blip(blip_config(recipe, tokenizer, compute))
-    config = _model_in(recipe, "init_from", Blip).config
+        return form(blip_config(recipe, tokenizer, compute))
+    config = _model_in(recipe, "init_from", Blip if form is Blip else Blip | form).config
     if tokenizer.vocab_size > config.text.vocab_size or tokenizer.token_id(DEC) != config.bos_token_id:
         raise RecipeError(
             f"the tokenizer has {tokenizer.vocab_size} tokens and {DEC} as id {tokenizer.token_id(DEC)}, the model of "
@@ -86,34 +97,38 @@ def make_blip(recipe: Any, tokenizer: text.Tokenizer, compute: Mapping[str, str]
             f"config.model.text.max_length={recipe.model.text.max_length}: the model of config.init_from has "
             f"{config.text.max_length} positions; give at most that"
         )
-    image = dataclasses.replace(config.image, image_size=recipe.model.image.image_size, **compute)
-    return Blip(dataclasses.replace(config, image=image, text=dataclasses.replace(config.text, **compute)))
+    decided = {"image_size": recipe.model.image.image_size, "drop_path": recipe.model.drop_path}
+    image = dataclasses.replace(config.image, **decided, **compute)
+    return form(dataclasses.replace(config, image=image, text=dataclasses.replace(config.text, **compute)))
 
 
-def _model_in(recipe: Any, key: str, kind: type) -> Any:
+def _model_in(recipe: Any, key: str, kind: Any) -> Any:
     """The model of a folder that the recipe names under `key`, of one of whose kinds it must be."""
     name = recipe[key] if key in recipe else recipe.model[key.removeprefix("model.")]
     with naming(key):
         found = hub.load_model(name)
     if not isinstance(found, kind):
         raise RecipeError(
-            f"config.{key}={name!r} holds a {type(found).__name__}; stage 'blip' needs a {kind.__name__} there"
+            f"config.{key}={name!r} holds a {type(found).__name__}; stage {recipe.stage!r} needs a {_said(kind)} there"
         )
     return found
+
+
+def _said(kind: Any) -> str:
+    return kind.__name__ if isinstance(kind, type) else " or a ".join(one.__name__ for one in kind.__args__)
 
 
 def imported(recipe: Any) -> dict[str, str]:
     """Which top-level groups of parameters a recipe imports, and from where."""
     if recipe.init_from:
-        groups = ("vision_model", "text_model", "vision_proj", "text_proj", "itm_head", "temp")
-        return dict.fromkeys(groups, recipe.init_from)
+        return dict.fromkeys(_GROUPS[recipe.stage], recipe.init_from)
     named = {"vision_model": recipe.model.image_from, "text_model": recipe.model.text_from}
     return {group: name for group, name in named.items() if name}
 
 
 def import_blip(
     recipe: Any,
-    model: Blip,
+    model: AnyBlip,
     places: Tree,
     fresh: Callable[[], Tree],
     only: Callable[[str], bool] | None = None,
@@ -134,7 +149,9 @@ def import_blip(
             source, params = hub.load(recipe.init_from)
         # On one CPU: of frozen parameters a checkpoint has the digest alone, and no two kinds of devices add up alike.
         with jax.default_device(jax.local_devices(backend="cpu")[0]):
-            params = from_pretraining(model, jax.eval_shape(fresh), source, params)
+            # Values for what is new in a form: its head, for one.
+            start = jax.eval_shape(fresh) if recipe.stage == "blip" else jax.jit(fresh)()
+            params = from_pretraining(model, start, source, params)
         return _placed(params, places, only)
     parts = {}
     for key, name in (("image", recipe.model.image_from), ("text", recipe.model.text_from)):
@@ -162,15 +179,16 @@ def _placed(params: Tree, places: Tree, only: Callable[[str], bool] | None) -> T
     )
 
 
-def to_json(config: BlipConfig) -> dict[str, Any]:
+def to_json(model: AnyBlip) -> dict[str, Any]:
     """Contents of model.json."""
-    return {"kind": "blip", **dataclasses.asdict(config)}
+    kind = next(stage for stage, form in FORMS.items() if type(model) is form)
+    return {"kind": kind, **dataclasses.asdict(model.config)}
 
 
-def from_json(value: Mapping[str, Any]) -> Blip:
+def from_json(value: Mapping[str, Any]) -> AnyBlip:
     """Inverse of `to_json`, as a module."""
     image, words = dict(value["image"]), dict(value["text"])
     if isinstance(image["image_size"], list):
         image["image_size"] = tuple(image["image_size"])
     rest = {name: own for name, own in value.items() if name not in ("kind", "image", "text")}
-    return Blip(BlipConfig(image=VitConfig(**image), text=BertConfig(**words), **rest))
+    return FORMS[value["kind"]](BlipConfig(image=VitConfig(**image), text=BertConfig(**words), **rest))

@@ -14,14 +14,13 @@ import numpy as np
 from flax import traverse_util
 
 from vlmjax.config import Config, completed
+from vlmjax.config_checks import BLIP_STAGES
 from vlmjax.data import text
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.recipe import naming, open_tokenizer, special_tokens, tokenizer_name
 from vlmjax.data.sources import Source
 from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import Blip
-from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
@@ -81,7 +80,7 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     With `data.pad_to_square` the image is made a square before, so that all of it is seen. BLIP squeezes images into
     their shape, whatever their own is (salesforce/BLIP, data/__init__.py).
     """
-    squeezed = recipe.stage == "blip"
+    squeezed = recipe.stage in BLIP_STAGES
     return EvalTransform(
         image_size if squeezed else min(image_size),
         None if squeezed else image_size,
@@ -92,7 +91,7 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     )
 
 
-def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | Blip:
+def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | blip_parts.AnyBlip:
     """The model of a recipe, without parameters: what its stage trains.
 
     With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
@@ -101,7 +100,7 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | Blip:
     if recipe.stage == "generative":
         compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
         return Vlm(vlm_parts.vlm_config(recipe, tokenizer, compute))
-    if recipe.stage == "blip":
+    if recipe.stage in BLIP_STAGES:
         compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
         return blip_parts.make_blip(recipe, tokenizer, compute)
     if not recipe.init_from:
@@ -125,7 +124,7 @@ def imported(recipe: Any) -> dict[str, str]:
     """Which top-level groups of parameters a recipe imports, and from where."""
     if recipe.stage == "generative":
         return vlm_parts.imported(recipe)
-    if recipe.stage == "blip":
+    if recipe.stage in BLIP_STAGES:
         return blip_parts.imported(recipe)
     groups = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
     return dict.fromkeys(groups, recipe.init_from) if recipe.init_from else {}
@@ -133,7 +132,7 @@ def imported(recipe: Any) -> dict[str, str]:
 
 def import_params(
     recipe: Any,
-    model: Clip | Vlm | Blip,
+    model: Clip | Vlm | blip_parts.AnyBlip,
     places: Any,
     fresh: Callable[[], Any],
     only: Callable[[str], bool] | None = None,
@@ -153,7 +152,7 @@ def import_params(
 
     if isinstance(model, Vlm):
         return vlm_parts.import_parts(recipe, model, places, fresh, only)
-    if isinstance(model, Blip):
+    if isinstance(model, blip_parts.AnyBlip):
         return blip_parts.import_blip(recipe, model, places, fresh, only)
 
     flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
@@ -254,22 +253,23 @@ def _check_end(words: TextConfig | BertConfig, tokenizer: text.Tokenizer, name: 
         )
 
 
-def model_to_json(config: ClipConfig | VlmConfig | BlipConfig) -> dict[str, Any]:
-    """A model config as json, for `workdir/model.json`."""
+def model_to_json(model: Clip | Vlm | blip_parts.AnyBlip) -> dict[str, Any]:
+    """A model's configuration as json, for `workdir/model.json`."""
+    config = model.config
     if isinstance(config, VlmConfig):
         return vlm_parts.to_json(config)
-    if isinstance(config, BlipConfig):
-        return blip_parts.to_json(config)
+    if isinstance(model, blip_parts.AnyBlip):
+        return blip_parts.to_json(model)
     kind = "bert" if isinstance(config.text, BertConfig) else "clip"
     value = dataclasses.asdict(config)
     return {**value, "text": {"kind": kind, **value["text"]}}
 
 
-def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | Blip:
+def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | blip_parts.AnyBlip:
     """Inverse of `model_to_json`, as a module."""
     if value.get("kind") == "vlm":
         return vlm_parts.from_json(value)
-    if value.get("kind") == "blip":
+    if value.get("kind") in blip_parts.FORMS:
         return blip_parts.from_json(value)
     words = dict(value["text"])
     tower = {"bert": BertConfig, "clip": TextConfig}[words.pop("kind")]
@@ -279,7 +279,7 @@ def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | Blip:
     return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
 
 
-def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm | Blip]:
+def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm | blip_parts.AnyBlip]:
     """The recipe of the run in a folder, and its model. Raises CheckpointError where it is not that of a run."""
     for name in ("recipe.json", "model.json"):
         if not folder.path(name).exists():

@@ -10,11 +10,13 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
-from vlmjax.models import blip, clip, vlm
+from vlmjax.models import blip, blip_tasks, clip, vlm
 from vlmjax.models.layers import DTYPES
 from vlmjax.sharding.mesh import batch_sharding
 from vlmjax.sharding.peers import barrier
 from vlmjax.stages.blip import BlipPretraining
+from vlmjax.stages.blip_nlvr import BlipStatements
+from vlmjax.stages.blip_vqa import BlipAnswers
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.stages.generative import Generative
 from vlmjax.stages.stage import Stage
@@ -22,12 +24,20 @@ from vlmjax.training.optimizer import make_optimizer
 from vlmjax.training.state import TrainState, make_state, split, state_shardings
 from vlmjax.training.step import make_train_step
 
-STAGES = {"contrastive": Contrastive, "generative": Generative, "blip": BlipPretraining}
+STAGES = {
+    "contrastive": Contrastive,
+    "generative": Generative,
+    "blip": BlipPretraining,
+    "blip_vqa": BlipAnswers,
+    "blip_nlvr": BlipStatements,
+}
 # The smallest inputs that make every parameter of a model.
 EXAMPLES = {
     clip.Clip: clip.example_inputs,
     vlm.Vlm: vlm.example_inputs,
     blip.Blip: lambda config: blip.example_inputs(blip.Blip(config)),
+    blip_tasks.BlipVqa: lambda config: blip_tasks.example_inputs(blip_tasks.BlipVqa(config)),
+    blip_tasks.BlipNlvr: lambda config: blip_tasks.example_inputs(blip_tasks.BlipNlvr(config)),
 }
 Tree = Any
 

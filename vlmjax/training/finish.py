@@ -33,8 +33,8 @@ class Evaluations:
         """Open every entry of `recipe.evals` that names data; raises RecipeError before any training."""
         transform = build.eval_transform(recipe, model.config.image.image_shape)
         parts = {"model": model, "tokenizer": tokenizer, "transform": transform, "mesh": mesh}
-        self._dual = recipe.stage != "generative"
-        form = None if self._dual else Form.of_recipe(recipe)
+        self._dual = recipe.stage in ("contrastive", "blip")
+        form = Form.of_recipe(recipe) if recipe.stage == "generative" else None
         self._makers = Evaluators(**parts, form=form, images_per_row=recipe.data.images_per_row)
         self._recipe = recipe
         self._workdir, self._batch_size = workdir, min(recipe.batch_size, 256)
@@ -98,7 +98,7 @@ def check_export(model: Any) -> None:
 def describe(workdir: Workdir, recipe: Any, model: Any, mesh: Mesh) -> None:
     """Write recipe.json, model.json and environment.json, which make the folder readable by itself."""
     workdir.write_json("recipe.json", recipe.to_dict())
-    workdir.write_json("model.json", build.model_to_json(model.config))
+    workdir.write_json("model.json", build.model_to_json(model))
     workdir.write_json("environment.json", environment(mesh))
 
 

@@ -35,6 +35,7 @@ HEADLINES = {
     "retrieval": "text_to_image_r1",
     "vqa": "exact_match",
     "matching": "accuracy",
+    "statements": "right",
     "caption": "exact",
 }
 _log = logging.getLogger(__name__)

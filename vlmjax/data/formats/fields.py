@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from vlmjax.errors import BadRecord
@@ -23,6 +23,7 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = (
     "caption captions text texts txt sentence sentences title description alt_text captions/text caption/text raw"
 ).split()
+QUESTION = "question"  # what is asked about an image, in place of a caption
 KEY_COLUMNS = ("key", "__key__", "id", "image_id", "image/id", "uid", "url")
 
 
@@ -80,3 +81,9 @@ def parse_json(data: bytes, key: str) -> Any:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BadRecord("bad_json", key, str(error)) from error
+
+
+def fields_of(extra: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    """What a record knows besides, with the fields of its json member where it has one. Raises BadRecord."""
+    body = parse_json(extra["json"], key) if isinstance(extra.get("json"), bytes) else None
+    return {**body, **extra} if isinstance(body, dict) else extra

@@ -10,7 +10,14 @@ import numpy as np
 
 from vlmjax.data import conversation
 from vlmjax.data.conversation import MARK
-from vlmjax.data.formats.fields import CAPTION_COLUMNS, IMAGE_COLUMNS, KEY_COLUMNS, captions_of, tidy
+from vlmjax.data.formats.fields import (
+    CAPTION_COLUMNS,
+    IMAGE_COLUMNS,
+    KEY_COLUMNS,
+    QUESTION,
+    captions_of,
+    tidy,
+)
 from vlmjax.data.record import Record
 from vlmjax.data.storage import files, shards
 from vlmjax.errors import BadRecord, DataError
@@ -33,7 +40,7 @@ class Layout:
         kind: "pairs" (an image and captions), "conversations" (LLaVA, or Hugging Face's messages), "documents"
             (OBELICS, MMC4).
         image: the column of the image or images, None where rows have none.
-        captions: the columns of captions, for pairs.
+        captions: the columns of captions, for pairs; none where a question is asked instead.
         key: the column that identifies a row, None to use the row's place.
         talk: the column of the turns, for conversations.
     """
@@ -73,7 +80,8 @@ def find_layout(
         return Layout("documents", None, (), key)
     image = _column(where, row, [image_column] if image_column else IMAGE_COLUMNS, "an image", "image_column")
     captions = [_column(where, row, [name], "a caption", "caption_columns") for name in wanted]
-    captions = captions or [_column(where, row, CAPTION_COLUMNS, "a caption", "caption_columns")]
+    if not captions and (QUESTION not in row or _look_up(row, CAPTION_COLUMNS)):
+        captions = [_column(where, row, CAPTION_COLUMNS, "a caption", "caption_columns")]
     return Layout("pairs", image, tuple(captions), key)
 
 

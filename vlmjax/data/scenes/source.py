@@ -12,12 +12,13 @@ from vlmjax.data.record import Record
 from vlmjax.data.scenes import draw, geometry, questions, words
 from vlmjax.data.scenes import vocabulary as v
 from vlmjax.data.scenes.questions import Question
+from vlmjax.data.scenes.statements import Statement, statement
 from vlmjax.data.scenes.world import World, make_world
 from vlmjax.errors import DataError
 
 VERSION = 1  # of the drawn world: raised whenever an index stops meaning the same scene
 LENGTHS = {"train": 1_000_000, "val": 1024, "heldout": 1024}  # what len() says: the world does not end there
-CAPTIONS = ("all", "complete", "class", "questions")  # which texts a record carries
+CAPTIONS = ("all", "complete", "class", "questions", "statements")  # which texts a record carries
 SMALLEST_IMAGE = 16
 
 
@@ -200,7 +201,8 @@ class Scenes:
             captions: `all`: every caption of a scene, short and long, to train on; `complete`: the fullest
                 one, which tells a scene from all others, for retrieval; `class`: the combination of the main
                 thing ("a red star"), for zero-shot classification; `questions`: no caption, but a conversation of
-                one to four questions and answers. None is `all` in `train`, else `complete`.
+                one to four questions and answers; `statements`: two pictures and a
+                sentence about both that is true or false. None is `all` in `train`, else `complete`.
             length: what `len()` says; None is 1,000,000 in `train`, 1,024 in `val` and `heldout`.
 
         Raises:
@@ -253,12 +255,23 @@ class Scenes:
         extra = {"label": self._labels[one.class_name], "class_name": one.class_name, "scene": one}
         if self.captions == "questions":
             extra["conversations"] = one.conversation
+        if self.captions == "statements":
+            extra |= {"images": (one.image, self._beside(i).image), "label": self._statement(i).truth}
         key = f"scenes/{self.split}/{self.style}/{self.seed}/{i}"
-        return Record(key, one.image, self._captions_of(one), extra)
+        return Record(key, one.image, self.captions_at(i), extra)
 
     def captions_at(self, i: int) -> tuple[str, ...]:
         """The captions of record number `i`; nothing is drawn for them."""
+        if self.captions == "statements":
+            return (self._statement(int(i)).text,)
         return self._captions_of(self.scene(int(i)))
+
+    def _beside(self, i: int) -> Scene:
+        """The right picture of a statement: a scene beyond the last record, which is no record's own."""
+        return self.scene(self._length + int(i))
+
+    def _statement(self, i: int) -> Statement:
+        return statement(self.scene(int(i)).world, self._beside(i).world)
 
     def turns_at(self, i: int) -> list[dict[str, str]]:
         """The conversation of record number `i`, none unless the set is of questions; nothing is drawn for it."""
@@ -275,7 +288,7 @@ class Scenes:
 def open_scenes(spec: str, *, seed: int = 0, image_size: int = 64) -> Scenes:
     """Open a spec: `scenes`, then in any order and each at most once a split, a style, a kind of captions.
 
-    `scenes:heldout`, `scenes:train:full`, `scenes:heldout:class`, `scenes:train:questions`.
+    `scenes:heldout`, `scenes:train:full`, `scenes:heldout:class`, `scenes:train:questions`, `scenes:val:statements`.
 
     Raises:
         DataError: a word of the spec is none of them, or two are of one kind.
