@@ -17,6 +17,7 @@ def get_config(arg: str = "") -> Config:
     c.loss.queue = c.loss.soft_targets_ramp = 0
     c.loss.prompt_tokens = 4  # [DEC] a picture of
     c.data.train = "shards/coco-*.tar"
+    c.data.captions = "each"
     c.data.templates = ("a picture of {caption}",)
     c.data.augment = augmentation(crop_scale=(0.5, 1.0), flip=0.5, policy="blip(2, 5)")
     c.model.image.image_size = 384

@@ -15,8 +15,9 @@ def get_config(arg: str = "") -> Config:
     c.loss.lm = 0.0
     c.loss.itm_negatives = "global"  # negative_all_rank
     c.loss.soft_targets_ramp = 4_424  # two epochs of 566 thousand captions
-    c.loss.positives = "captions"
+    c.loss.positives = "images"  # idx of its data
     c.data.train = "shards/coco-*.tar"
+    c.data.captions = "each"
     c.data.augment = augmentation(crop_scale=(0.5, 1.0), flip=0.5, policy="blip(2, 5)")
     c.model.image.image_size = 384
     c.model.text.max_length = 35

@@ -109,6 +109,7 @@ def _evaluation_schema() -> Config:
             "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
             "max_new_tokens": 16,  # vqa, caption: of what is written
             "prompt": "",  # caption: what every caption begins with
+            "rerank": 0,  # retrieval, of BLIP: nearest candidates that image-text matching puts in order; 0 = none
             "clean": False,  # texts without signs, as data.clean="blip" has them in training
             "answers": "",  # vqa, of BLIP: file of answers, of which the likeliest is taken; empty: it writes
             "top": 128,  # vqa, of BLIP: look only at so many of them, those that begin likeliest; 0 = all
@@ -233,7 +234,7 @@ def recipe() -> Config:
     c.loss.logit_bias_init = -10.0  # sigmoid only; SigLIP paper section 3.2
     c.loss.label_smoothing = 0.0
     c.loss.positives = (
-        "pairs"  # pairs (row i with row i) | captions (rows with equal captions are positives too)
+        "pairs"  # pairs (row i with row i) | captions, images (rows with equal ones are positives too)
     )
     c.loss.hard_negatives = 0.0  # negatives count in proportion to exp(this x logit); HN-NCE, 2301.02280
     c.loss.momentum = 0.0  # keys from a moving average of the towers, e.g. 0.999 (MoCo, 1911.05722); 0 = none
@@ -263,7 +264,8 @@ def recipe() -> Config:
     c.data.image_column = ""  # of tables, where it has an unusual name
     c.data.caption_columns = ()  # likewise; several are several captions
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
-    c.data.captions = "random"  # which of several: random | first | all | weights:3,1
+    # Which of several: random | first | all | weights:3,1 | each: every caption is an example of its own
+    c.data.captions = "random"
     c.data.templates = ()  # sentences around the caption, one drawn each time: "a photo of {caption}"
     c.data.clean = ""  # blip: captions in lower case without signs, of at most 30 words
     c.data.tokenizer = ""  # HF tokenizer folder or id; "bpe:N" trains one of N tokens on the captions

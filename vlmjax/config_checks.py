@@ -18,6 +18,7 @@ METRICS = {
     "statements": ("right",),
     "caption": ("exact", "bleu4", "rouge_l", "cider"),
 }
+EACH = "each"  # of data.captions: every caption is an example
 BLIP_STAGES = ("blip", "blip_vqa", "blip_nlvr")  # pretraining, and what has a model of its own
 BENCHMARKS_OF = {  # by stage
     "contrastive": ("zeroshot", "retrieval"),
@@ -108,7 +109,7 @@ def _check_loss(loss: Any) -> None:
     _one_of(loss.form, "config.loss.form", LOSS_FORMS)
     _one_of(loss.feature_dtype, "config.loss.feature_dtype", ("auto", "float32", "bfloat16"))
     _one_of(loss.logit_scale, "config.loss.logit_scale", ("learned", "capped", "fixed"))
-    _one_of(loss.positives, "config.loss.positives", ("pairs", "captions"))
+    _one_of(loss.positives, "config.loss.positives", ("pairs", "captions", "images"))
     for name in ("logit_scale_init", "logit_scale_max"):
         _positive(loss[name], f"config.loss.{name}")
     if loss.logit_scale == "capped" and loss.logit_scale_init > loss.logit_scale_max:
@@ -221,7 +222,9 @@ def _check_data(c: Any) -> None:
     for name in ("threads", "processes", "cache_decoded"):
         _at_least(c.data[name], 0, f"config.data.{name}")
     try:
-        CaptionRule.parse(c.data.captions, c.data.templates, c.data.clean)
+        CaptionRule.parse(
+            "first" if c.data.captions == EACH else c.data.captions, c.data.templates, c.data.clean
+        )
     except DataError as error:
         raise RecipeError(
             f"config.data.captions, config.data.templates or config.data.clean: {error}"
@@ -286,11 +289,21 @@ def _check_evals(c: Any) -> None:
             )
         if entry.blind and entry.benchmark != "vqa":
             raise RecipeError(f"config.evals.{name}.blind=True is for 'vqa'; leave it out")
+        if entry.rerank and (entry.benchmark != "retrieval" or c.stage != "blip"):
+            raise RecipeError(
+                f"config.evals.{name}.rerank={entry.rerank} is for 'retrieval' by BLIP; leave it 0"
+            )
         if entry.answers and c.stage != "blip_vqa":
             raise RecipeError(
                 f"config.evals.{name}.answers={entry.answers!r} is for stage 'blip_vqa'; leave it out"
             )
-        for key, least in (("examples", 0), ("batch_size", 0), ("max_new_tokens", 1), ("top", 0)):
+        for key, least in (
+            ("examples", 0),
+            ("batch_size", 0),
+            ("max_new_tokens", 1),
+            ("top", 0),
+            ("rerank", 0),
+        ):
             _at_least(entry[key], least, f"config.evals.{name}.{key}")
     best = c.checkpoint.best_metric
     known = [

@@ -27,6 +27,7 @@ def tiny(c: Config) -> Config:
     c.optimizer.learning_rate = 2e-3
     c.optimizer.warmup = duration(steps=10)
     c.optimizer.cooldown = duration()
+    given = c.evals
     c.evals = Config(
         {
             "zeroshot": evaluation("zeroshot", "scenes:heldout:class", examples=256),
@@ -34,23 +35,28 @@ def tiny(c: Config) -> Config:
         }
     )
     c.checkpoint.best_metric = ""
-    forms = {"generative": _tiny_generative, "blip": _tiny_blip}
+    forms = {"generative": _tiny_generative, "blip": lambda c: _tiny_blip(c, given)}
     forms |= {"blip_vqa": _tiny_blip_vqa, "blip_nlvr": _tiny_blip_nlvr}
     return forms.get(c.stage, lambda c: c)(c)
 
 
-def _tiny_blip(c: Config) -> Config:
-    """Three losses on scenes of one thing, in a common space of their own."""
+def _tiny_blip(c: Config, given: Config) -> Config:
+    """Three losses on scenes of one thing, in a common space of their own; `given` are the recipe's evaluations."""
     c.batch_size = 32
     if c.loss.momentum:
         c.loss.queue, c.loss.soft_targets_ramp = 256, 20
     c.model.image_from = c.model.text_from = ""
     c.model.text.max_length, c.model.text.positions = 24, 0
     c.data.train = "scenes:train:single"
+    if c.data.captions == "each":
+        c.data.captions = "random"  # of a world without end
     heldout = "scenes:heldout:single:class"
+    ranked = {"retrieval": evaluation("retrieval", "scenes:heldout:single", examples=128, rerank=16)}
+    ranked = ranked if any(entry.rerank for entry in given.values()) else {}
     c.evals = Config(
         {
             "zeroshot": evaluation("zeroshot", heldout, examples=256),
+            **ranked,
             "matching": evaluation("matching", heldout, examples=256),
             "caption": evaluation("caption", heldout, examples=128),
         }

@@ -57,6 +57,13 @@ _string("report", "", "Also write a report.html with what was found into this fo
 _string("keep", "", "Only records whose key this regular expression finds.")
 _string("exclude", "", "Not the records whose key this regular expression finds.")
 _string("prompt", "", "caption: what every caption begins with, such as 'a picture of'.")
+flags.DEFINE_integer(
+    "rerank",
+    0,
+    "retrieval, of BLIP: so many nearest candidates of a query are put in order by image-text matching.",
+    0,
+    flag_values=FLAGS,
+)
 _string("answers", "", "vqa, of BLIP: file of answers, the likeliest of which is taken; empty: it writes.")
 flags.DEFINE_integer(
     "top",
@@ -176,6 +183,7 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "max_new_tokens",
         "prompt",
         "clean",
+        "rerank",
         "answers",
         "top",
     )

@@ -300,3 +300,34 @@ def test_transparency_reaches_the_random_background(words):
             source, augment.TrainTransform(8), words, batch_size=8, threads=0, background=(9, 8, 7)
         )
         assert (_take(plain, 1)[0]["pixel_values"] == [9, 8, 7]).all()
+
+
+def test_the_same_image_has_the_same_number(words):
+    """Whatever its key and caption, decoded each time or kept in memory."""
+    images = [np.full((20, 20, 3), grey, np.uint8) for grey in (0, 50, 0, 99)]
+
+    class Pictures:
+        name, fingerprint = "pictures", "f"
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            return Record(f"p{i}", images[i], (f"caption {i}",))
+
+    for cached in (None, 16):
+        data = TrainData(
+            Pictures(),
+            augment.TrainTransform(16, {}),
+            words,
+            batch_size=4,
+            threads=0,
+            image_ids=True,
+            cache_decoded=cached,
+        )
+        for _ in range(2):
+            batch = next(data)
+            ids = dict(zip(batch["key"], batch["image_id"].tolist(), strict=True))
+            assert batch["image_id"].dtype == np.uint32
+            assert ids["p0"] == ids["p2"] and len(set(ids.values())) == 3
+        data.close()

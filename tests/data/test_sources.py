@@ -12,6 +12,7 @@ from vlmjax.data.formats import folder, kinds
 from vlmjax.data.record import Record
 from vlmjax.data.sources import (
     Concat,
+    EachCaption,
     Source,
     captions_of,
     image_sizes,
@@ -401,3 +402,31 @@ def test_one_table_in_two_folders_of_images(tmp_path):
         (tmp_path / name / "t.jsonl").write_text("\n".join(rows))
     a, b, c = (open_source(str(tmp_path / name / "t.jsonl")).fingerprint for name in "abc")
     assert a == c != b
+
+
+def test_each_caption_is_an_example():
+    class Pictures:
+        name, fingerprint = "pictures", "f"
+        blocks = np.array([2, 4])
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, i):
+            if i == 1:
+                raise BadRecord("truncated", "p1")
+            captions = [(), (), ("a",), ("b", "c", "d")][i]
+            return Record(f"p{i}", b"image", captions)
+
+    each = EachCaption(Pictures())
+    assert len(each) == 6 and each.blocks.tolist() == [2, 6] and each.fingerprint != "f"
+    assert [(each[i].key, each[i].captions) for i in (0, 2, 3, 4, 5)] == [
+        ("p0#0", ()), ("p2#0", ("a",)), ("p3#0", ("b",)), ("p3#1", ("c",)), ("p3#2", ("d",)),
+    ]  # fmt: skip
+    assert each.captions_at(4) == ("c",) and each.key(4) == "p3#1" and each.part_name(4) == "pictures"
+    with pytest.raises(BadRecord, match="truncated"):
+        each[1]
+    with pytest.raises(IndexError, match="there are 6"):
+        each[6]
+    again = pickle.loads(pickle.dumps(EachCaption(open_source("scenes:val:single:all"))))
+    assert len(again) > len(open_source("scenes:val")) and len(again[1].captions) == 1

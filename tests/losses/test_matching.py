@@ -17,10 +17,11 @@ def unit(seed, rows=ROWS):
 
 
 def drawn(ids, valid, blocks=1, draws=DRAWS):
-    rows = len(ids)
+    rows = len(valid)
+    numbers = [jnp.asarray(some, jnp.uint32) for some in np.reshape(ids, (-1, rows))]
     parts = [jnp.asarray(unit(seed, rows)) for seed in range(4)]
     one = lambda key: draw_negatives(  # noqa: E731
-        key, *parts, jnp.float32(SCALE), jnp.asarray(ids, jnp.uint32), jnp.asarray(valid), blocks
+        key, *parts, jnp.float32(SCALE), numbers, jnp.asarray(valid), blocks
     )
     return jax.jit(jax.vmap(one))(jax.random.split(jax.random.key(1), draws))
 
@@ -53,6 +54,17 @@ def test_negatives_are_drawn_as_often_as_they_are_alike():
             square = ((counts[~impossible] - expected) ** 2 / expected).sum()
             assert square < freedom + 5 * np.sqrt(2 * freedom), (row, counts, expected)
     assert np.asarray(found.has_image).all(axis=0).tolist() == [True] * 5 + [False]
+
+
+def test_neither_caption_nor_image_may_be_the_same():
+    found = drawn([[1, 1, 2, 3], [5, 6, 5, 7]], [True] * 4, draws=400)
+    for got in (found.image, found.text):
+        assert [set(np.asarray(got[:, 0, row]).tolist()) for row in range(4)] == [
+            {3},
+            {2, 3},
+            {1, 3},
+            {0, 1, 2},
+        ]
 
 
 def test_a_row_without_another_has_no_negative():

@@ -144,3 +144,30 @@ def test_a_plan_needs_none_of_the_folders(folder):
 def test_mistakes_are_found_at_once(changes, told):
     with pytest.raises(RecipeError, match=told):
         config.validate(recipe(**changes))
+
+
+@pytest.mark.parametrize("stage", ["blip_vqa", "blip_nlvr"])
+def test_a_single_task_begins_with_pretraining_and_goes_on_from_its_own(folder, tmp_path, stage):
+    _, theirs = hub.load(folder)
+    theirs, (model, read) = flat(theirs), started(folder, stage=stage, model__image__image_size=24)
+    made = flat(read())
+    fresh = flat(jax.jit(lambda: init_params(model, 0))())
+    own = "attention" if stage == "blip_nlvr" else "decoder_attention"
+    branch = "self0" if stage == "blip_nlvr" else "self"
+    part = "text_encoder/averaging" if stage == "blip_nlvr" else "text_decoder/encoder/layer"
+    np.testing.assert_array_equal(
+        made[f"{part}/crossattention/{branch}/query/kernel"],
+        theirs["text_model/encoder/layer/crossattention/self/query/kernel"][
+            : len(made[f"{part}/{own}/self/query/kernel"])
+        ],
+    )
+    assert made["vision_model/embeddings/position_embedding"].shape == (10, 16)
+    new = {path for path, value in made.items() if np.array_equal(value, fresh[path])}
+    assert new == {path for path in made if path.startswith("cls_") or "merge_layer" in path}
+    if stage == "blip_nlvr":
+        return
+    hub.save(model, read(), tmp_path / "vqa", tokenizer=hub.load_processor(folder)[0])
+    again, read_again = started(tmp_path / "vqa", stage=stage, model__image__image_size=24)
+    assert type(again) is type(model)
+    for path, value in flat(read_again()).items():
+        np.testing.assert_array_equal(value, made[path])

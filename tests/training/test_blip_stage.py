@@ -157,7 +157,7 @@ def test_the_losses_are_those_written_down(followed):
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 1), 1)
     negatives = draw_negatives(
         jax.random.split(rng, 3)[0], images, texts, *map(jnp.asarray, keys), jnp.float32(scale),
-        jnp.asarray(values["caption_id"]), jnp.asarray(values["valid"]), 1,
+        [jnp.asarray(values["caption_id"])], jnp.asarray(values["valid"]), 1,
     )  # fmt: skip
     loss, accuracy = matching(params, values, states_, negatives.image[0], negatives.text[0])
     np.testing.assert_allclose(told[1]["itm_loss"], loss, rtol=1e-4)
@@ -261,3 +261,27 @@ def test_texts_may_be_shorter_than_the_positions_and_never_longer():
         make_mesh(1, 1, 1, devices=jax.devices()[:1]),
     )
     assert stage.batch_shapes()["input_ids"][0] == (5,)
+
+
+def test_images_that_are_equal_are_positives_and_no_negatives():
+    """Rows 0 and 3 show one image: each is as right for the other, now and later in the queue."""
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    recipe = tiny.recipe(**RECIPE | {"loss__positives": "images", "loss__soft_targets": 0.0})
+    stage = BlipPretraining(recipe, MODEL, mesh)
+    assert stage.batch_shapes()["image_id"] == ((), jnp.uint32)
+    values = {**batch(0), "image_id": np.array([9, 1, 2, 9, 3, 4, 5, 6], np.uint32)}
+    state = make_state(random_params(), stage.frozen, optax.sgd(0.05), False, stage.init_extra)
+    step = jax.jit(make_train_step(stage, optax.sgd(0.05), lambda i: 0.05, mesh, seed=0))
+    new, told = step(state, to_global(values, mesh, BATCH))
+    np.testing.assert_array_equal(new.extra["rows"]["queue_ids"][:, 0], values["image_id"])
+    params = jax.tree.map(jnp.asarray, jax.device_get(merge(state.params, {})))
+    _, images, texts = seen(params, values, stage)
+    keys = [np.asarray(x) for x in (images, texts)]  # of the average, which begins as the model itself
+    scores = np.asarray(images, np.float64) @ keys[1].T / 0.2, np.asarray(texts, np.float64) @ keys[0].T / 0.2
+    losses = []
+    for one in scores:
+        for row in np.flatnonzero(values["valid"]):
+            same = np.flatnonzero((values["image_id"] == values["image_id"][row]) & values["valid"])
+            log_p = one[row] - np.log(np.exp(one[row][values["valid"]]).sum())
+            losses.append(-np.mean(log_p[same]))
+    np.testing.assert_allclose(told["itc_loss"], np.mean(losses), rtol=2e-5)

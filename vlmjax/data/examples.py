@@ -22,6 +22,11 @@ def caption_id(caption: str) -> int:
     return zlib.crc32(caption.encode())
 
 
+def image_id(image: bytes | np.ndarray) -> int:
+    """A 32-bit number of an image: that of the same file, or of the same pixels, is the same."""
+    return zlib.crc32(image if isinstance(image, bytes) else np.ascontiguousarray(image))
+
+
 class Made(NamedTuple):
     """What one example puts into its row.
 
@@ -131,8 +136,10 @@ class Examples(RowExamples):
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
         cache_bytes: int = 2 << 30,
+        image_ids: bool = False,
     ):
         """See `pipeline.TrainData`."""
+        self._image_ids, self._from_pixels = image_ids, cache_decoded is not None
         reading = {"background": background, "max_pixels": max_pixels, "lazy": cache_decoded is None}
         super().__init__(source, image_transform, tokenizer, seed=seed, **reading)
         self._rule = CaptionRule.parse(captions, templates, clean)
@@ -141,7 +148,7 @@ class Examples(RowExamples):
     def empty(self, rows: int, chunk: plan.Chunk | None = None) -> Batch:
         """A batch of zeros, every row invalid."""
         tokens = self._tokenizer.max_length
-        return {
+        batch = {
             "pixel_values": np.zeros((rows, *self._transform.output_size, 3), np.uint8),
             "input_ids": np.zeros((rows, tokens), np.int32),
             "attention_mask": np.zeros((rows, tokens), np.int32),
@@ -149,12 +156,17 @@ class Examples(RowExamples):
             "valid": np.zeros(rows, bool),
             "key": np.full(rows, "", object),
         }
+        return batch | ({"image_id": np.zeros(rows, np.uint32)} if self._image_ids else {})
 
     def _example(self, index: int, position: int) -> Made:
         pixels, record, size = self._pixels(self.source, index)
         rng = self._generators.at(position)
         caption, text = self._text(record, rng)
-        values = {"pixel_values": self._transform(pixels, rng), "caption_id": caption_id(caption)}
+        values = {"caption_id": caption_id(caption)}
+        if self._image_ids:
+            # Of an image in the cache nothing but its pixels is left.
+            values["image_id"] = image_id(pixels if self._from_pixels else record.image)
+        values["pixel_values"] = self._transform(pixels, rng)
         return Made(values, text, record.key, size)
 
     def _tokenize(self, said: list[str], out: Batch) -> int:

@@ -30,7 +30,7 @@ _LOOK_AHEAD = 64  # batches; a remote shard takes seconds to come
 
 # What makes the rows of each kind, and which settings of captions it takes.
 KINDS: dict[type, tuple[Any, tuple[str, ...]]] = {
-    type(None): (Examples, ("captions", "templates", "cache_decoded", "cache_bytes")),
+    type(None): (Examples, ("captions", "templates", "cache_decoded", "cache_bytes", "image_ids")),
     Rows: (GenerativeExamples, ("captions", "templates")),
     Questions: (QuestionExamples, ()),
     Statements: (StatementExamples, ()),
@@ -106,6 +106,7 @@ class TrainData:
         max_pixels: int = images.MAX_PIXELS,
         cache_decoded: int | None = None,
         cache_bytes: int = 2 << 30,
+        image_ids: bool = False,
         kind: Rows | Questions | Statements | None = None,
     ):
         """Set up; nothing is read before the first batch.
@@ -133,6 +134,7 @@ class TrainData:
             cache_decoded: keep decoded images in memory, scaled down to this shorter side: for data that is
                 small and seen many times, where decoding would dominate.
             cache_bytes: bound of that memory, of all processes together.
+            image_ids: also give uint32 `image_id`, equal where images are.
             kind: what rows are that hold no pair of an image and a text, for which it is None. The cache is for pairs.
 
         Raises:
@@ -162,6 +164,7 @@ class TrainData:
             "max_pixels": max_pixels,
             "cache_decoded": cache_decoded,
             "cache_bytes": cache_bytes // max(1, processes),
+            "image_ids": image_ids,
         }
         made, names = KINDS[type(kind)]
         if cache_decoded and "cache_decoded" not in names:

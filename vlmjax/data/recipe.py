@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from vlmjax.config_checks import BLIP_STAGES
+from vlmjax.config_checks import BLIP_STAGES, EACH
 from vlmjax.data import bpe, mixture, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.conversation import MARK
@@ -16,7 +16,7 @@ from vlmjax.data.pieces import Pieces
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.plan import permute
 from vlmjax.data.questions import Questions
-from vlmjax.data.sources import Source, captions_of, open_sources, turns_of
+from vlmjax.data.sources import EachCaption, Source, captions_of, open_sources, turns_of
 from vlmjax.data.statements import Statements
 from vlmjax.errors import DataError, HubError, RecipeError
 
@@ -48,6 +48,8 @@ def open_train_sources(recipe: Any) -> tuple[list[Source], tuple[float, ...]]:
         sources = open_sources(
             recipe.data.train, seed=recipe.seed, image_size=size, exclude=exclude, **columns
         )
+    if recipe.data.captions == EACH:
+        sources = [EachCaption(source) for source in sources]
     with naming("data.weights"):
         return sources, mixture.shares(
             [len(source) for source in sources], recipe.data.mix, recipe.data.weights
@@ -157,7 +159,8 @@ def train_data(
         "threads": data.threads or None,
         "processes": data.processes,
         "max_bad_share": data.max_bad_share,
-        "captions": data.captions,
+        "captions": "first" if data.captions == EACH else data.captions,
+        "image_ids": recipe.loss.positives == "images",
         "templates": data.templates,
         "clean": data.clean,
         "background": background,

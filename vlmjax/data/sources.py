@@ -1,5 +1,6 @@
 """Where examples come from: one line of a recipe opened as a random-access source of records."""
 
+import dataclasses
 import hashlib
 import os
 import re
@@ -113,6 +114,66 @@ class Concat:
         """Example i."""
         source, at = self._place(i)
         return source[at]
+
+
+class EachCaption:
+    """A source whose captions are examples of their own, each with its image; an image without any stays one example.
+
+    Attributes:
+        blocks: as in `Source`.
+    """
+
+    def __init__(self, source: Source):
+        """Reads the captions of all examples, once."""
+        self._source = source
+        self._ends = np.cumsum([self._count(i) for i in range(len(source))], dtype=np.int64)
+        blocks = getattr(source, "blocks", None)
+        self.blocks = None if blocks is None else self._ends[np.asarray(blocks) - 1]
+        self.name, self.fingerprint = source.name, f"{source.fingerprint}:each"
+
+    def _count(self, i: int) -> int:
+        try:
+            return max(1, len(captions_of(self._source, i)))
+        except BadRecord:  # it is met again, counted and told when its turn comes
+            return 1
+
+    def _place(self, i: int) -> tuple[int, int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"no example {i}, there are {len(self)}")
+        which = int(np.searchsorted(self._ends, i, side="right"))
+        return which, i - (int(self._ends[which - 1]) if which else 0)
+
+    def prepare(self, indices: Sequence[int] | np.ndarray) -> None:
+        """Begin to fetch what these examples are in."""
+        prepare = getattr(self._source, "prepare", None)
+        if prepare:
+            prepare(np.searchsorted(self._ends, np.asarray(indices, np.int64), side="right"))
+
+    def __len__(self) -> int:
+        """Number of captions, and of images without any."""
+        return int(self._ends[-1])
+
+    def key(self, i: int) -> str:
+        """The key of the image of example i, and the number of its caption."""
+        which, caption = self._place(i)
+        return f"{key_of(self._source, which)}#{caption}"
+
+    def captions_at(self, i: int) -> tuple[str, ...]:
+        """The one caption of example i. Raises BadRecord."""
+        which, caption = self._place(i)
+        return captions_of(self._source, which)[caption : caption + 1]
+
+    def part_name(self, i: int) -> str:
+        """The name of the source that example i is of."""
+        part_name = getattr(self._source, "part_name", None)
+        return part_name(self._place(i)[0]) if part_name else self._source.name
+
+    def __getitem__(self, i: int) -> Record:
+        """Example i. Raises BadRecord."""
+        which, caption = self._place(i)
+        record = self._source[which]
+        captions = record.captions[caption : caption + 1]
+        return dataclasses.replace(record, key=f"{record.key}#{caption}", captions=captions)
 
 
 def together(sources: Sequence[Source]) -> Source:

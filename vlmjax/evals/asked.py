@@ -59,6 +59,7 @@ class BlipAnswerEvaluator(Questioner):
     def _continue(
         self, params: Any, prompts: Sequence[np.ndarray], length: int, pixels: np.ndarray
     ) -> list[str]:
+        length = min(length, self.model.config.text.max_length)  # that of a bucket may be more than there are
         if self.ranker is not None:
             return self.ranker(params, prompts, length, pixels[:, 0], self.batch_size)
         config = self.model.config

@@ -30,6 +30,8 @@ class Benchmark:
         blind: vqa: every image in the mean colour: what the questions alone give away.
         max_new_tokens: vqa and caption: of what is written.
         prompt: caption: what a caption begins with, which is not part of it.
+        rerank: retrieval: so many nearest candidates of each query are put in order by image-text matching, which
+            BLIP can; 0 = none.
         clean: texts without signs, as BLIP reads them: its `data.clean`.
         answers: vqa of BLIP: a file of answers, one on each line, the likeliest of which is taken; empty: it writes.
         top: vqa of BLIP: only so many of them, those that begin likeliest; 0 = all.
@@ -48,6 +50,7 @@ class Benchmark:
     blind: bool = False
     max_new_tokens: int = 16
     prompt: str = ""
+    rerank: int = 0
     clean: bool = False
     answers: str = ""
     top: int = 128

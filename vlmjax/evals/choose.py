@@ -6,12 +6,14 @@ from typing import Any
 import jax
 
 from vlmjax.data.form import Form
+from vlmjax.errors import DataError
 from vlmjax.evals.answers import AnswerEvaluator
 from vlmjax.evals.asked import BlipAnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark
 from vlmjax.evals.captioning import CaptionEvaluator
 from vlmjax.evals.embed import Embedder
 from vlmjax.evals.pairs import MatchingEvaluator
+from vlmjax.evals.rerank import Matcher
 from vlmjax.evals.runner import Evaluator
 from vlmjax.evals.statements import StatementEvaluator
 from vlmjax.evals.writing import Writer
@@ -60,6 +62,15 @@ class Evaluators:
         return Embedder(**self._parts)
 
     @functools.cached_property
+    def _matcher(self) -> Matcher:
+        if lacks := missing(self._parts["model"], "matching")[0]:
+            kind = type(self._parts["model"]).__name__
+            raise DataError(
+                f"rerank: {kind} has no {lacks}; only BLIP looks at image and text together, leave it 0"
+            )
+        return Matcher(**self._parts)
+
+    @functools.cached_property
     def _writer(self) -> Writer:
         return Writer(*(self._parts[name] for name in ("model", "transform", "mesh")))
 
@@ -78,4 +89,5 @@ class Evaluators:
                 return MatchingEvaluator(benchmark, **parts)
             case "caption":
                 return CaptionEvaluator(benchmark, **parts, writer=self._writer)
-        return Evaluator(benchmark, **parts, embedder=self._embedder)
+        matcher = self._matcher if benchmark.rerank else None
+        return Evaluator(benchmark, **parts, embedder=self._embedder, matcher=matcher)

@@ -1,6 +1,6 @@
 """Where the best right answer stands in a scored list: the one rule under top-k, recall and mean rank."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -67,6 +67,7 @@ def blocked_ranks(
     positives: Sequence[Sequence[int]],
     *,
     block: int | None = None,
+    rescore: Callable[[range, np.ndarray], np.ndarray] | None = None,
 ) -> Ranks:
     """`ranks_of_positives` of `queries @ candidates.T` in float32, never holding the whole similarity matrix.
 
@@ -75,9 +76,11 @@ def blocked_ranks(
         candidates: float [candidates, width].
         positives: for each query the indices of its right candidates.
         block: queries scored at a time; by default as many as keep a block under 64 MiB.
+        rescore: from the rows and scores of a block to other scores.
     """
     parts = []
     for rows, scores in score_blocks(queries, candidates, block=block):
+        scores = rescore(rows, scores) if rescore else scores
         parts.append(ranks_of_positives(scores, positives[rows.start : rows.stop]))
     if not parts:
         return Ranks(*(np.zeros(0, np.int64) for _ in range(3)))

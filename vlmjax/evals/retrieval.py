@@ -1,6 +1,6 @@
 """Image-text retrieval: recall at k in both directions, and the paired metrics watched while training."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +9,7 @@ from vlmjax.evals.ranks import Ranks, blocked_ranks, chance_of_hit, ranks_of_pos
 
 CUTOFFS = (1, 5, 10)
 Rows = Sequence[Any] | np.ndarray  # nested lists of numbers, or an array
+Rescore = Callable[[range, np.ndarray], np.ndarray]
 
 
 def recall(scores: Rows, txt2img: Rows) -> dict[str, float]:
@@ -90,6 +91,7 @@ def score_retrieval(
     text_features: np.ndarray,
     texts_of_image: Sequence[Sequence[int]],
     images_of_text: Sequence[Sequence[int]],
+    rescore: Mapping[str, Rescore] | None = None,
 ) -> dict[str, Any]:
     """Recall both ways over a whole benchmark, in float32 and in blocks.
 
@@ -98,6 +100,8 @@ def score_retrieval(
         text_features: float [texts, width], L2-normalised.
         texts_of_image: right texts of each image.
         images_of_text: right images of each text.
+        rescore: for `text_to_image` and `image_to_text`, from the rows and cosines of a block of queries to the
+            scores that count, such as `rerank.Matches.rescored`; None: cosines.
 
     Returns:
         `metrics` and `chance`: fractions under `text_to_image_r1`, ... `image_to_text_r10`; `ties`: queries
@@ -110,7 +114,8 @@ def score_retrieval(
     }
     out: dict[str, Any] = {"metrics": {}, "chance": {}, "ties": {}, "ranks": {}}
     for name, (queries, candidates, positives) in directions.items():
-        ranks: Ranks = blocked_ranks(queries, candidates, positives)
+        again = (rescore or {}).get(name)
+        ranks: Ranks = blocked_ranks(queries, candidates, positives, rescore=again)
         sizes = np.array([len(set(p)) for p in positives])
         out["ranks"][name] = ranks.stable
         for k in CUTOFFS:

@@ -9,13 +9,15 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmjax.data.captions import blip_caption
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals import gallery, zeroshot
 from vlmjax.evals.benchmark import Benchmark, EvalResult, select
 from vlmjax.evals.embed import CACHE_BYTES, Embedded, Embedder, read_batches, tell_skipped
 from vlmjax.evals.labels import ClassFinder, ClassName, label_of, read_classes
-from vlmjax.evals.retrieval import distinct_captions, score_retrieval
+from vlmjax.evals.rerank import Matcher, pairs_to_match
+from vlmjax.evals.retrieval import Rescore, distinct_captions, score_retrieval
 from vlmjax.evals.templates import fill, load_templates
 from vlmjax.sharding.mesh import local_rows
 
@@ -33,6 +35,7 @@ class Evaluator:
         *,
         source: Any = None,
         embedder: Embedder | None = None,
+        matcher: Matcher | None = None,
         threads: int = 0,
     ):
         """Open the source and check what can be checked before the model runs.
@@ -45,6 +48,7 @@ class Evaluator:
             mesh: the devices; every process of it has to make the same calls.
             source: used instead of opening `benchmark.data`.
             embedder: shared by evaluators of the same model, so that each tower is compiled once.
+            matcher: likewise, where candidates are ranked again (`benchmark.rerank`), which takes a BLIP.
             threads: records read at a time per process; 0 = number of CPU cores, at most 16.
 
         Raises:
@@ -52,6 +56,7 @@ class Evaluator:
         """
         self.benchmark, self.mesh = benchmark, mesh
         self.embedder = embedder or Embedder(model, tokenizer, transform, mesh)
+        self.matcher = matcher or (Matcher(model, tokenizer, transform, mesh) if benchmark.rerank else None)
         if source is None:
             source = open_source(benchmark.data, image_size=min(transform.output_size or (64,)))
         self.source = source
@@ -125,6 +130,8 @@ class Evaluator:
     def _texts(self, params: Any, texts: Sequence[str]) -> np.ndarray:
         if self.benchmark.canonical:
             texts = [zeroshot.canonicalize_plain(text) for text in texts]
+        if self.benchmark.clean:
+            texts = [blip_caption(text) for text in texts]
         return self.embedder.texts(params, texts, self.batch_size)
 
     def _zeroshot(self, params: Any, embedded: Embedded) -> tuple:
@@ -158,12 +165,27 @@ class Evaluator:
             )
         return fill(template, name)
 
+    def _rescore(
+        self, params: Any, embedded: Embedded, texts: Sequence[str], features: np.ndarray
+    ) -> dict[str, Rescore]:
+        """How the nearest candidates are scored again, by looking at image and text together."""
+        k, indices = self.benchmark.rerank, [note["index"] for note in embedded.notes]
+        numbers = pairs_to_match(embedded.features, features, k)
+        size = {"batch_size": self.batch_size, "threads": self._threads}
+        read = [blip_caption(text) for text in texts] if self.benchmark.clean else texts
+        matches = self.matcher(params, self.source, indices, read, numbers, **size)
+        return {
+            "text_to_image": lambda rows, cosines: matches.rescored(rows, cosines, k, True),
+            "image_to_text": lambda rows, cosines: matches.rescored(rows, cosines, k, False),
+        }
+
     def _retrieval(self, params: Any, embedded: Embedded) -> tuple:
         texts, texts_of_image, images_of_text = distinct_captions(
             [note["captions"] for note in embedded.notes]
         )
         features = self._texts(params, texts)
-        scored = score_retrieval(embedded.features, features, texts_of_image, images_of_text)
+        rescore = self._rescore(params, embedded, texts, features) if self.benchmark.rerank else None
+        scored = score_retrieval(embedded.features, features, texts_of_image, images_of_text, rescore)
         more = {"images": len(texts_of_image), "texts": len(texts), **scored["ties"]}
 
         def shown(thumbnail: Any) -> dict[str, Any]:

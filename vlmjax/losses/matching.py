@@ -1,5 +1,6 @@
 """Image-text matching (ITM): hard negatives drawn where the contrastive loss finds images and texts alike."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -36,30 +37,33 @@ def draw_negatives(
     image_keys: Float[Array, "batch width"],
     text_keys: Float[Array, "batch width"],
     scale: Float[Array, ""],
-    caption_id: UInt32[Array, " batch"],
+    ids: Sequence[UInt32[Array, " batch"]],
     valid: Bool[Array, " batch"],
     blocks: int,
 ) -> Negatives:
     """Draw one negative image for every text and one negative text for every image.
 
     The probability of image j for text i is softmax_j(scale * text_i . image_key_j) + LEAST, over the rows of the same
-    block, without those whose caption is the same, the pair itself first of all, and without invalid ones; likewise
-    for texts (Li et al. 2022, 2201.12086, section 3.2; the released code for the details). Nothing has a gradient.
+    block, without those whose caption or image is the same, the pair itself first of all, and without invalid ones;
+    likewise for texts (Li et al. 2022, 2201.12086, section 3.2; the released code for the details). Nothing has a
+    gradient.
 
     Args:
       rng: of the draw.
       image_embeds, text_embeds: of this batch, L2-normalised.
       image_keys, text_keys: by the momentum encoder, or the same again.
       scale: one over the temperature.
-      caption_id: equal where captions are.
+      ids: numbers of captions, and perhaps of images: where one of them is equal, two rows are no negatives.
       valid: rows that take part.
       blocks: neighbouring rows are drawn among in so many blocks: 1 for the whole batch, as many as devices for each
         device's own.
     """
     parts = [x.reshape(blocks, -1, *x.shape[1:]) for x in (image_embeds, text_embeds, image_keys, text_keys)]
     images, texts, image_keys, text_keys = jax.lax.stop_gradient(parts)
-    ids, there = caption_id.reshape(blocks, -1), valid.reshape(blocks, -1)
-    allowed = (ids[:, :, None] != ids[:, None, :]) & there[:, :, None] & there[:, None, :]
+    there = valid.reshape(blocks, -1)
+    allowed = there[:, :, None] & there[:, None, :]
+    for one in (x.reshape(blocks, -1) for x in ids):
+        allowed &= one[:, :, None] != one[:, None, :]
     of_text, of_image = jax.random.split(rng)
     has = allowed.any(axis=-1).reshape(-1)
     return Negatives(

@@ -134,7 +134,7 @@ class BlipPretraining(Contrastive):
             features.get("image_keys", features["image_embeds"]),
             features.get("text_keys", features["text_embeds"]),
             jax.lax.stop_gradient(self.scale(params)),
-            batch["caption_id"],
+            [batch[name] for name in ("caption_id", "image_id") if name in batch],
             batch["valid"],
             self.blocks,
         )

@@ -51,7 +51,7 @@ class Contrastive(Stage):
     def _choose(self) -> tuple[Choice, str]:
         """How the loss is computed and from what: bfloat16 features where their number makes it worth its rounding."""
         loss, cfg = self.loss_config, self.model.config
-        several, taught = loss["positives"] == "captions", bool(loss["soft_targets"])
+        several, taught = loss["positives"] != "pairs", bool(loss["soft_targets"])
         terms = None if loss["kind"] == "sigmoid" else make_terms(loss["hard_negatives"], several, taught)
         slots = loss["queue"] // self.batch_size if loss["momentum"] else None
 
@@ -81,7 +81,13 @@ class Contrastive(Stage):
             "attention_mask": (tokens, jnp.int32),
             "caption_id": ((), jnp.uint32),
             "valid": ((), jnp.bool_),
+            **({"image_id": ((), jnp.uint32)} if self.loss_config["positives"] == "images" else {}),
         }
+
+    def positive_ids(self, batch: Batch) -> Array | None:
+        """What is equal in rows that are positives of each other; None where no other row is one."""
+        name = {"captions": "caption_id", "images": "image_id"}.get(self.loss_config["positives"])
+        return batch[name] if name else None
 
     def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
@@ -135,7 +141,7 @@ class Contrastive(Stage):
         options = {
             "mesh": self.mesh,
             "valid": batch["valid"],
-            "positive_ids": batch["caption_id"] if self.loss_config["positives"] == "captions" else None,
+            "positive_ids": self.positive_ids(batch),
             "form": self.choice.form,
             "feature_dtype": self.feature_dtype,
         }
@@ -218,7 +224,7 @@ class Contrastive(Stage):
             "image_queue": features["image_keys"],
             "text_queue": features["text_keys"],
             "queue_valid": batch["valid"],
-            "queue_ids": batch["caption_id"],
+            "queue_ids": batch["caption_id"] if (ids := self.positive_ids(batch)) is None else ids,
         }
         put = jax.lax.dynamic_update_index_in_dim
         rows = {name: put(old, new[name], extra["slot"], 1) for name, old in extra["rows"].items()}
