@@ -110,7 +110,6 @@ def _evaluation_schema() -> Config:
             "max_new_tokens": 16,  # vqa, caption: of what is written
             "prompt": "",  # caption: what every caption begins with
             "rerank": 0,  # retrieval, of BLIP: nearest candidates that image-text matching puts in order; 0 = none
-            "clean": False,  # texts without signs, as data.clean="blip" has them in training
             "answers": "",  # vqa, of BLIP: file of answers, of which the likeliest is taken; empty: it writes
             "top": 128,  # vqa, of BLIP: look only at so many of them, those that begin likeliest; 0 = all
         }

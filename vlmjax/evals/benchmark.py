@@ -27,12 +27,12 @@ class Benchmark:
             classes file, else `plain`.
         batch_size: global; 0 = 256, for vqa 64.
         canonical: lower-case texts and delete their punctuation, as SigLIP's text towers expect.
+        clean: of data.clean, by which the model was trained: texts are read, and captions compared, cleaned so.
         blind: vqa: every image in the mean colour: what the questions alone give away.
         max_new_tokens: vqa and caption: of what is written.
         prompt: caption: what a caption begins with, which is not part of it.
         rerank: retrieval: so many nearest candidates of each query are put in order by image-text matching, which
             BLIP can; 0 = none.
-        clean: texts without signs, as BLIP reads them: its `data.clean`.
         answers: vqa of BLIP: a file of answers, one on each line, the likeliest of which is taken; empty: it writes.
         top: vqa of BLIP: only so many of them, those that begin likeliest; 0 = all.
     """
@@ -51,7 +51,7 @@ class Benchmark:
     max_new_tokens: int = 16
     prompt: str = ""
     rerank: int = 0
-    clean: bool = False
+    clean: str = ""
     answers: str = ""
     top: int = 128
 
