@@ -8,8 +8,16 @@ import pytest
 from tiny_models import BERT, CLIP, DUAL, TEXT, VIT, change
 
 from vlmjax.models.bert import Bert, BertConfig
+from vlmjax.models.blip_config import BlipConfig
+from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import Clip, ClipConfig
-from vlmjax.models.flops import forward_flops, train_flops
+from vlmjax.models.flops import (
+    blip_nlvr_train_flops,
+    blip_train_flops,
+    blip_vqa_train_flops,
+    forward_flops,
+    train_flops,
+)
 from vlmjax.models.text import Text, TextConfig
 from vlmjax.models.vit import Vit, VitConfig
 
@@ -80,3 +88,45 @@ def test_a_locked_tower_runs_forward_alone():
         assert train_flops(clip, 4, locked=[name]) == whole - 2 * forward_flops(config, 4, train=True)
     rest = forward_flops(clip, 4, train=True) - sum(forward_flops(c, 4, train=True) for c in towers.values())
     assert train_flops(clip, 4, locked=["image", "text"]) == whole - 2 * (whole // 3 - rest)
+
+
+def test_blip_answers_and_judges():
+    """Three answers of each question side by side; two images of each statement."""
+    image = VitConfig(
+        24, 2, 2, 40, 16, 8, "gelu", class_token=True, pre_norm=False, patch_bias=True, pool="none"
+    )
+    config = BlipConfig(image, BertConfig(16, 4, 2, 24, 43, 9, None), 8, 40, 41, 42)
+    pixels, ids, answers = np.zeros((4, 16, 16, 3), np.float32), IDS[:, :7], np.zeros((12, 5), np.int32)
+    model = BlipVqa(config)
+    variables = jax.eval_shape(model.init, jax.random.key(0), pixels, ids, None, answers[:4])
+
+    def ask(module):
+        states = module.encode_question(module.encode_image(pixels), ids)
+        return module.logits(module.decode_answer(states, None, answers))
+
+    found = traced_flops(jax.make_jaxpr(lambda v: model.apply(v, method=ask))(variables).jaxpr)
+    assert (
+        blip_vqa_train_flops(config, 4, 7, 3, 5, trained=("vision_model", "text_encoder", "text_decoder"))
+        == 3 * found
+    )
+    only = blip_vqa_train_flops(config, 4, 7, 3, 5, trained=("text_decoder",))
+    assert found < only < 3 * found
+    judged = traced(BlipNlvr(config), np.stack([pixels, pixels], axis=1), ids)
+    head = 4 * 2 * 16 * (16 + 2)  # not counted: it looks at one token
+    merged = 2 * (4 * 7) * 2 * 2 * 16 * 16  # nor are the projections that merge, in half of the layers
+    counted = blip_nlvr_train_flops(config, 4, 7, trained=("vision_model", "text_encoder"))
+    assert counted == 3 * (judged - head - merged)
+
+
+def test_blip_counts_the_losses_that_are_made():
+    image = VitConfig(
+        24, 2, 2, 40, 16, 8, "gelu", class_token=True, pre_norm=False, patch_bias=True, pool="none"
+    )
+    config = BlipConfig(image, BertConfig(16, 4, 2, 24, 43, 9, None), 8, 40, 41, 42)
+    whole = blip_train_flops(config, 4, 7, momentum=True)
+    without = [blip_train_flops(config, 4, 7, momentum=True, **{name: False}) for name in ("itm", "lm")]
+    alone = blip_train_flops(config, 4, 7, momentum=False, itm=False, lm=False)
+    assert alone < min(without) and max(without) < whole
+    # Three texts are matched and one is written, whose words are scored besides.
+    scores = 3 * 4 * 2 * 7 * 16 * (16 + 43)
+    assert whole - without[0] == 3 * (whole - without[1] - scores)

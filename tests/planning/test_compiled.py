@@ -70,6 +70,8 @@ def test_too_large_is_an_answer(text, limit):
     page = report.page(plan)
     for advice in ("does not fit: ", "micro_batches", "remat=full", "fsdp", "a program that does not fit"):
         assert advice in page
+    whole = make_plan(name, subject._replace(parameters=1, trainable=1, splits=False))
+    assert "micro_batches" not in report.page(whole) and "remat=full" in report.page(whole)
     found = plan.to_json()
     assert found["fits"] is False and found["predicted_step_seconds"] is None and found["days"] is None
     assert found["needed_bytes"] > found["hbm_bytes"]

@@ -101,11 +101,14 @@ def vlm_train_flops(
     return batch * total
 
 
-def blip_train_flops(config: BlipConfig, batch: int, length: int, *, momentum: bool) -> int:
+def blip_train_flops(
+    config: BlipConfig, batch: int, length: int, *, momentum: bool, itm: bool = True, lm: bool = True
+) -> int:
     """Count a step of BLIP's pretraining on texts of `length` tokens, everything trained.
 
-    An image pass, a text alone, and four texts that look at an image (three to be matched, one to be written), each
-    three times for the backward pass; with `momentum` image and text alone once more.
+    An image pass, a text alone, and four texts that look at an image (three to be matched for `itm`, one to be
+    written for `lm`), each three times for the backward pass; with `momentum` image and text alone once more. ITC is
+    counted whatever its weight: it is computed for the draw of negatives and logged.
     """
     words = config.text
     image = forward_flops(config.image, 1, train=True)
@@ -113,7 +116,8 @@ def blip_train_flops(config: BlipConfig, batch: int, length: int, *, momentum: b
     seeing = alone + _looks(words, length, _states(config), config.image.width)
     joint = 2 * (config.image.width + words.width) * config.projection_dim
     once = image + alone + joint
-    return batch * (3 * (once + 4 * seeing + _word_scores(words, length)) + (once if momentum else 0))
+    looked = 3 * seeing * itm + (seeing + _word_scores(words, length)) * lm
+    return batch * (3 * (once + looked) + (once if momentum else 0))
 
 
 def blip_vqa_train_flops(

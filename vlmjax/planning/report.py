@@ -95,8 +95,9 @@ def advice(plan: Plan) -> list[str]:
         return []
     if not plan.subject.parameters:
         return ["a smaller --batch, or more devices"]
+    parts = "--config.micro_batches=2 or more: activations of a part of the batch at a time, the result is the same"
     return [
-        "--config.micro_batches=2 or more: activations of a part of the batch at a time, the result is the same",
+        *([parts] if plan.subject.splits else []),
         "--config.model.remat=full: activations are computed again instead of kept",
         "--config.mesh.fsdp=8 or more: parameters and optimizer state are cut up instead of copied",
         "--config.batch_size, or --search for the largest that fits",

@@ -41,6 +41,7 @@ class Subject(NamedTuple):
     unit: int  # batch sizes are multiples of it
     flops: int  # model FLOPs of one call
     formula: str
+    splits: bool = True  # whether a batch may be gone through in parts
     parameters: int = 0
     trainable: int = 0
     steps: int | None = None  # of the whole run
@@ -96,6 +97,7 @@ def train_subject(recipe: Config, devices: Sequence[Any], title: str, examples: 
         unit=batch_shards(mesh) * recipe.micro_batches,
         flops=program.stage.train_flops(program.batch, params),
         formula=STEP_FORMULA,
+        splits=program.stage.splits,
         parameters=count(params) + count(program.state.frozen),
         trainable=count(params),
         steps=lengths.total if lengths else None,

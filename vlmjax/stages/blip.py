@@ -29,6 +29,8 @@ class BlipPretraining(Contrastive):
     text with another image, drawn where ITC finds them alike.
     """
 
+    splits = False  # ITM's negatives are drawn from the whole batch
+
     def __init__(self, recipe: Any, model: nn.Module, mesh: Mesh):
         """`recipe` is the whole validated recipe; `model` a models/blip.py Blip."""
         super().__init__(recipe, model, mesh)
@@ -54,10 +56,8 @@ class BlipPretraining(Contrastive):
 
     def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
-        rows, tokens = batch["input_ids"].shape
-        return flops.blip_train_flops(
-            self.model.config, rows, tokens, momentum=bool(self.loss_config["momentum"])
-        )
+        counted = {name: bool(self.loss_config[name]) for name in ("itm", "lm", "momentum")}
+        return flops.blip_train_flops(self.model.config, *batch["input_ids"].shape, **counted)
 
     def with_own_params(self, params: Params) -> Params:
         """The model's, whose temperature is one of them."""

@@ -32,6 +32,7 @@ class Stage:
     # Whether the loss of a batch is the sum of those of its parts, once `total_weight` is known; then micro-batches
     # need no second forward pass. Metrics are sums over that weight as well.
     decomposes: bool = False
+    splits: bool = True  # whether a batch may be gone through in micro-batches at all
 
     def with_own_params(self, params: Params) -> Params:
         """The model's parameters and those that the loss adds."""
