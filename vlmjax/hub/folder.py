@@ -15,11 +15,12 @@ import numpy as np
 
 from vlmjax.data.form import Form
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, blip, clip, llama, llava, opt, processor, safetensors, siglip, table, vit
+from vlmjax.hub import bert, blip, blip2, clip, llama, llava, opt, processor, safetensors, siglip, table, vit
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import BlipCaptioner, BlipRetriever, Images
+from vlmjax.models.blip2 import Blip2Retriever
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
@@ -41,6 +42,7 @@ FAMILIES: dict[str, Family] = {
         blip.CAPTION,
         blip.RETRIEVAL,
         blip.VQA,
+        blip2.RETRIEVAL,
         llava.LLAVA,
         llama.LLAMA,
         llama.MISTRAL,
@@ -157,7 +159,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText, Bert, Decoder, Vlm, or one of BLIP's.
+        model: Clip, ClipVision, ClipText, Bert, Decoder, Vlm, or one of BLIP's or BLIP-2's.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -218,6 +220,8 @@ def family_of(model: nn.Module) -> Family:
             return llava.LLAVA
         case BlipRetriever():
             return blip.RETRIEVAL
+        case Blip2Retriever():
+            return blip2.RETRIEVAL
         case BlipCaptioner():
             return blip.CAPTION
         case BlipVqa():
@@ -321,6 +325,9 @@ def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     if isinstance(model, (Clip, Images)):
         towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
         return model.clone(config=replace(config, **towers))
+    if isinstance(model, Blip2Retriever):
+        qformer = replace(config.qformer, bert=replace(config.qformer.bert, dtype=dtype))
+        return model.clone(config=replace(config, image=replace(config.image, dtype=dtype), qformer=qformer))
     if isinstance(model, Vlm):
         parts = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text", "bridge")}
         return model.clone(config=replace(config, **parts))

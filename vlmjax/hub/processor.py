@@ -16,7 +16,6 @@ from vlmjax.hub import chat, llava_processor
 from vlmjax.hub.family import Family
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import Images
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
@@ -26,6 +25,8 @@ IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
 TOKENIZER = "tokenizer_config.json"
 Words = TextConfig | BertConfig | DecoderConfig
+# Processors that resize whole images to a square, whatever their shape was.
+_SQUEEZING = ("BlipProcessor", "Blip2Processor")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -70,10 +71,19 @@ def _image_settings(path: Path) -> dict[str, Any] | None:
 def _max_length(path: Path) -> int:
     """Positions of the text model; where config.json has none, what the tokenizer says, or CLIP's 77."""
     config = _json(path / "config.json")
-    for holder in (config.get("text_config_dict"), config.get("text_config"), config):
+    holders = (
+        config.get("text_config_dict"),
+        config.get("text_config"),
+        config.get("qformer_config"),
+        config,
+    )
+    for holder in holders:
         if holder and "max_position_embeddings" in holder:
             positions = int(holder["max_position_embeddings"])
-            if config.get("model_type") == "blip":  # BERT's 512, of which it was trained to use some
+            if config.get("model_type") in (
+                "blip",
+                "blip-2",
+            ):  # BERT's 512, of which it was trained to use some
                 return min(positions, int(_json(path / TOKENIZER).get("model_max_length", positions)))
             return positions
     if "bert" in (config.get("model_type"), (config.get("text_config") or {}).get("model_type")):
@@ -118,7 +128,7 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
             f"{image.image_shape} (height, width); give an image_processor of that size"
         )
     named = {} if family.processor is None else {"processor_class": family.processor}
-    return (_blip_images(transform) if isinstance(model, Images) else transform.to_hf()) | named
+    return (_blip_images(transform) if family.processor in _SQUEEZING else transform.to_hf()) | named
 
 
 def _blip_images(transform: EvalTransform) -> dict[str, Any]:
