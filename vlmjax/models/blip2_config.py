@@ -66,7 +66,7 @@ class Blip2Config:
         return self.qformer.bert
 
 
-def blip2_vit(name: str = "eva-g", image_size: int = 224, **changes: Any) -> VitConfig:
+def blip2_vit(name: str = "eva-g", image_size: int | tuple[int, int] = 224, **changes: Any) -> VitConfig:
     """BLIP-2's image tower: `eva-g` is EVA's ViT-g/14, `clip-l` CLIP's ViT-L/14, both without their last block."""
     if name not in _TOWERS:
         raise RecipeError(f"BLIP-2's image tower {name!r} is not known; choose one of {', '.join(_TOWERS)}")
