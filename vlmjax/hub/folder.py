@@ -15,7 +15,21 @@ import numpy as np
 
 from vlmjax.data.form import Form
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, blip, blip2, clip, llama, llava, opt, processor, safetensors, siglip, table, vit
+from vlmjax.hub import (
+    bert,
+    blip,
+    blip2,
+    clip,
+    llama,
+    llava,
+    opt,
+    processor,
+    safetensors,
+    siglip,
+    t5,
+    table,
+    vit,
+)
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
@@ -25,6 +39,7 @@ from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
+from vlmjax.models.t5 import T5
 from vlmjax.models.vlm import Vlm
 
 FAMILIES: dict[str, Family] = {
@@ -48,6 +63,7 @@ FAMILIES: dict[str, Family] = {
         llama.MISTRAL,
         llama.QWEN2,
         opt.OPT,
+        t5.GENERATION,
     )
 }
 
@@ -65,6 +81,7 @@ _BY_TYPE = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "opt": "OPTForCausalLM",
+    "t5": "T5ForConditionalGeneration",
 }
 
 # Which class a decoder is written as.
@@ -159,7 +176,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText, Bert, Decoder, Vlm, or one of BLIP's or BLIP-2's.
+        model: Clip, ClipVision, ClipText, Bert, Decoder, T5, Vlm, or one of BLIP's or BLIP-2's.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -231,11 +248,13 @@ def family_of(model: nn.Module) -> Family:
                 "BlipNlvr has no class in transformers: none looks at two images by two branches of cross-attention. "
                 "Keep this model as a checkpoint of vlmjax"
             )
+        case T5():
+            return t5.GENERATION
         case Decoder():
             return _BY_FAMILY[model.config.family]
     raise HubError(
         f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert, Decoder, "
-        "Vlm"
+        "T5, Vlm, those of BLIP and BLIP-2"
     )
 
 

@@ -17,6 +17,7 @@ from vlmjax.hub.family import Family
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.decoder import DecoderConfig
+from vlmjax.models.t5_layers import T5Config
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.models.vlm import Vlm
@@ -24,7 +25,7 @@ from vlmjax.models.vlm import Vlm
 IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
 TOKENIZER = "tokenizer_config.json"
-Words = TextConfig | BertConfig | DecoderConfig
+Words = TextConfig | BertConfig | DecoderConfig | T5Config
 # Processors that resize whole images to a square, whatever their shape was.
 _SQUEEZING = ("BlipProcessor", "Blip2Processor")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
@@ -194,7 +195,7 @@ def _towers(model: nn.Module) -> tuple[VitConfig | None, Words | None]:
     config = model.config
     if isinstance(config, VitConfig):
         return config, None
-    if isinstance(config, (TextConfig, BertConfig, DecoderConfig)):
+    if isinstance(config, (TextConfig, BertConfig, DecoderConfig, T5Config)):
         return None, config
     return config.image, config.text
 
