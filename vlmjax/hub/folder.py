@@ -19,6 +19,7 @@ from vlmjax.hub import (
     bert,
     blip,
     blip2,
+    blip2_language,
     clip,
     llama,
     llava,
@@ -40,7 +41,7 @@ from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
 from vlmjax.models.t5 import T5
-from vlmjax.models.vlm import Vlm
+from vlmjax.models.vlm import Seeing, Seq2SeqVlm, Vlm
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -58,6 +59,7 @@ FAMILIES: dict[str, Family] = {
         blip.RETRIEVAL,
         blip.VQA,
         blip2.RETRIEVAL,
+        blip2_language.GENERATION,
         llava.LLAVA,
         llama.LLAMA,
         llama.MISTRAL,
@@ -233,6 +235,13 @@ def family_of(model: nn.Module) -> Family:
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
         case Bert():
             return bert.BERT
+        case Seeing() if model.config.bridge.kind == "qformer":
+            return blip2_language.GENERATION
+        case Seq2SeqVlm():
+            raise HubError(
+                f"no class of transformers has a bridge of kind {model.config.bridge.kind!r} before a T5; "
+                "Blip2ForConditionalGeneration has one of kind 'qformer'. Keep this model as a checkpoint of vlmjax"
+            )
         case Vlm():
             return llava.LLAVA
         case BlipRetriever():
@@ -347,7 +356,7 @@ def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     if isinstance(model, Blip2Retriever):
         qformer = replace(config.qformer, bert=replace(config.qformer.bert, dtype=dtype))
         return model.clone(config=replace(config, image=replace(config.image, dtype=dtype), qformer=qformer))
-    if isinstance(model, Vlm):
+    if isinstance(model, Seeing):
         parts = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text", "bridge")}
         return model.clone(config=replace(config, **parts))
     return model.clone(config=replace(config, dtype=dtype))

@@ -5,6 +5,7 @@ tied and says by `scale_decoder_outputs` what older files say by `tie_word_embed
 of version 1.1 is a tensor of its own.
 """
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,8 @@ from vlmjax.hub.table import Names, Row, linear
 from vlmjax.models.t5 import T5, example_inputs
 from vlmjax.models.t5_layers import T5Config
 from vlmjax.ops.activations import ACTIVATIONS
+
+log = logging.getLogger(__name__)
 
 # What a key means where a configuration leaves it out.
 DEFAULTS = {
@@ -92,6 +95,12 @@ def to_t5(config: Mapping[str, Any], where: str = "config.json: t5") -> T5Config
 
 def from_t5(config: T5Config) -> dict[str, Any]:
     """Ours -> T5Config of transformers, with every key."""
+    if config.decoder_depth > config.depth:
+        log.warning(
+            "%d layers write and %d read: transformers 5 computes with this T5, but its generate raises an IndexError",
+            config.decoder_depth,
+            config.depth,
+        )
     name = "gelu" if config.activation == "gelu_new" else config.activation
     return DEFAULTS | {
         "model_type": "t5",
