@@ -125,17 +125,7 @@ class T5(nn.Module):
 
     def prompt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What `generate` is given, made the start of an answer, and what it answers, on the host. Raises UserError."""
-        if inputs.get("input_ids") is None or np.ndim(inputs["input_ids"]) != 2:
-            raise UserError(f"input_ids has shape {np.shape(inputs.get('input_ids'))}; give [batch, tokens]")
-        ids = np.asarray(inputs["input_ids"], np.int32)
-        mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)), np.int32)
-        if ids.shape != mask.shape:
-            raise UserError(
-                f"attention_mask has shape {mask.shape}, input_ids {ids.shape}; give one of that shape"
-            )
-        start = np.full((len(ids), 1), self.config.decoder_start_token_id, np.int32)
-        asked = {"encoder_ids": ids, "encoder_mask": mask}
-        return {"input_ids": start, "attention_mask": np.ones_like(start), **asked}
+        return open_answer(inputs, self.config)
 
     def context(
         self, encoder_ids: Int[Array, "batch words"], encoder_mask: Int[Array, "batch words"], **_: Any
@@ -147,6 +137,21 @@ class T5(nn.Module):
         """A cache for `slots` tokens a row."""
         cfg = self.config
         return empty_cache(cfg.decoder_depth, batch, slots, cfg.heads, cfg.head_dim, DTYPES[cfg.dtype])
+
+
+def open_answer(inputs: Mapping[str, Any], config: T5Config) -> dict[str, Any]:
+    """The start of an answer, and the text that it answers as encoder_ids and encoder_mask. Raises UserError."""
+    if inputs.get("input_ids") is None or np.ndim(inputs["input_ids"]) != 2:
+        raise UserError(f"input_ids has shape {np.shape(inputs.get('input_ids'))}; give [batch, tokens]")
+    ids = np.asarray(inputs["input_ids"], np.int32)
+    mask = np.asarray(inputs.get("attention_mask", np.ones_like(ids)), np.int32)
+    if ids.shape != mask.shape:
+        raise UserError(
+            f"attention_mask has shape {mask.shape}, input_ids {ids.shape}; give one of that shape"
+        )
+    start = np.full((len(ids), 1), config.decoder_start_token_id, np.int32)
+    asked = {"encoder_ids": ids, "encoder_mask": mask}
+    return {"input_ids": start, "attention_mask": np.ones_like(start), **asked}
 
 
 def decoder_ids(

@@ -15,7 +15,7 @@ from vlmjax.models.bridges import Bridge, BridgeConfig
 from vlmjax.models.cache import Cache
 from vlmjax.models.decoder import Decoder, DecoderConfig, text_places
 from vlmjax.models.layers import Ids
-from vlmjax.models.t5 import T5
+from vlmjax.models.t5 import T5, open_answer
 from vlmjax.models.t5_layers import T5Config
 from vlmjax.models.vit import Vit, VitConfig
 
@@ -197,7 +197,7 @@ class Seq2SeqVlm(Seeing):
 
     def prompt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What `generate` is given, made the start of an answer and what it answers, on the host. Raises UserError."""
-        found = T5(self.config.text).prompt(inputs)
+        found = open_answer(inputs, self.config.text)
         self.check_inputs(inputs)
         pixels = inputs.get("pixel_values")
         return found if pixels is None else {**found, "pixel_values": pixels}
