@@ -20,7 +20,7 @@ from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.t5_layers import T5Config
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
-from vlmjax.models.vlm import Vlm
+from vlmjax.models.vlm import Seeing
 
 IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
@@ -116,7 +116,7 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
     """
     image, words = _towers(model)
     _check_tokenizer(family, words, tokenizer)
-    if isinstance(model, Vlm) and isinstance(tokenizer, text.Tokenizer):
+    if isinstance(model, Seeing) and isinstance(tokenizer, text.Tokenizer):
         llava_processor.check(model.config, tokenizer)
     if image_processor is None:
         return None
@@ -169,7 +169,11 @@ def write(
     else:
         tokenizer.save_pretrained(str(path))
     stated = _json(path / TOKENIZER)
-    if isinstance(model, Vlm):
+    if isinstance(model, Seeing) and family.processor == "Blip2Processor":
+        # It puts so many placeholders before a text, opening token included, and leaves the text as it is.
+        queries = {"num_query_tokens": model.config.image_tokens}
+        _write_json(path / BOTH, {"processor_class": family.processor} | queries)
+    elif isinstance(model, Seeing):
         ours = _as_ours(tokenizer, path, length)
         stated |= llava_processor.leave_open(ours, path) or {}
         llava_processor.write_generation(model.config, ours, form, path)
