@@ -100,6 +100,24 @@ def test_a_prompt_is_continued_as_transformers_does(folder, beams, capsys):
     assert written.strip() == reference(folder, "the seal", num_beams=beams).strip() != ""
 
 
+def test_a_t5_answers_a_closed_prompt(tmp_path, capsys):
+    """Its tokenizer closes texts; the command encodes in pieces and closes by itself."""
+    words = tokenizer(False)
+    words.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", 2)]
+    )
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "vocab_size": len(words)}
+    ids = {"pad_token_id": 0, "eos_token_id": 2, "decoder_start_token_id": 0}
+    model = tiny.redraw(transformers.T5ForConditionalGeneration(transformers.T5Config(**sizes, **ids)))
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    run(f"--model={tmp_path}", "--prompt=is the seal grey?", "--max_new_tokens=12")
+    asked = words("is the seal grey?", return_tensors="pt").input_ids
+    assert asked[0, -1] == 2
+    out = model.generate(asked, max_new_tokens=12, do_sample=False)
+    assert capsys.readouterr().out.strip() == words.decode(out[0], skip_special_tokens=True).strip() != ""
+
+
 def test_text_comes_piece_by_piece_and_stops(folder, capsys):
     options = parse(f"--model={folder}", "--prompt=the seal", "--max_new_tokens=12")
     speaker = generate.open_speaker(options)

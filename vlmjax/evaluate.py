@@ -85,6 +85,7 @@ def read_model(path: str) -> tuple[Any, Any, Any, Any]:
     Raises:
         CheckpointError: a folder that is neither.
         DataError: images of another size than the model's.
+        UserError: a BLIP-2, whose prompts no command here writes.
     """
     from vlmjax import hub
     from vlmjax.export import load_workdir
@@ -93,6 +94,7 @@ def read_model(path: str) -> tuple[Any, Any, Any, Any]:
     model, params, tokenizer, transform = (
         load_workdir(path) if is_run else (*hub.load(path), *hub.load_processor(path))
     )
+    _check_layout(model, given)
     # A dual encoder resamples its positions; the places of a text are counted.
     if transform is not None and hasattr(model.config, "image_tokens"):
         size = model.config.image.image_shape
@@ -102,6 +104,21 @@ def read_model(path: str) -> tuple[Any, Any, Any, Any]:
                 f"{size}; it is another model's"
             )
     return model, params, tokenizer, transform
+
+
+def _check_layout(model: Any, given: str) -> None:
+    """Raise UserError for a BLIP-2 around OPT or T5: its images stand before a text, its opening token included."""
+    from vlmjax.models.t5_layers import T5Config
+    from vlmjax.models.vlm import Seeing
+
+    if not isinstance(model, Seeing) or model.config.bridge.qformer is None:
+        return
+    words = model.config.text
+    if isinstance(words, T5Config) or words.family == "opt":
+        raise UserError(
+            f"--model={given}: is a BLIP-2, which takes images before a text and its opening token; no command here "
+            "writes such prompts yet: call vlmjax.decode.generate with them (docs/blip2.md)"
+        )
 
 
 def read_form(path: str) -> Any:

@@ -59,7 +59,11 @@ def options(**changes: Any) -> SimpleNamespace:
 
 
 class Speaker(NamedTuple):
-    """A model that has been opened, and what stands between it and text."""
+    """A model that has been opened, and what stands between it and text.
+
+    Attributes:
+      apart: what it reads is apart from what it writes (T5): it is closed, and takes no room from the answer.
+    """
 
     name: str
     model: Any
@@ -71,6 +75,7 @@ class Speaker(NamedTuple):
     ends: tuple[int, ...]
     stops: tuple[str, ...]
     longest: int
+    apart: bool = False
 
 
 def open_speaker(options: Any) -> Speaker:
@@ -81,6 +86,7 @@ def open_speaker(options: Any) -> Speaker:
     from vlmjax.data.pieces import Pieces
     from vlmjax.decode.language import DecoderLanguage, language_of
     from vlmjax.evaluate import read_model
+    from vlmjax.models.t5_layers import T5Config
 
     model, params, tokenizer, transform = read_model(options.model)
     try:
@@ -109,6 +115,7 @@ def open_speaker(options: Any) -> Speaker:
         ends=tuple(dict.fromkeys((*config.eos_token_ids, *tokens))),
         stops=(*options.stop, *texts),
         longest=config.max_length,
+        apart=isinstance(config, T5Config),
     )
 
 
@@ -181,6 +188,8 @@ def inputs_of(speaker: Speaker, conversation: Sequence[Any], images: Sequence[An
         )
     except BadRecord as error:
         raise UserError(f"the prompt cannot be used: {error}") from None
+    if speaker.apart and len(ids):
+        ids = np.append(ids, np.int32(speaker.ends[0]))
     if len(ids) == 0:
         raise UserError(
             "the prompt is empty and the tokenizer begins with no token of its own; give --prompt"
@@ -204,6 +213,8 @@ def answer(speaker: Speaker, inputs: dict[str, Any], options: Any) -> Iterator[s
 
 def room(speaker: Speaker, inputs: dict[str, Any], options: Any) -> int:
     """How many tokens an answer may have."""
+    if speaker.apart:
+        return min(options.max_new_tokens, speaker.longest)
     return min(options.max_new_tokens, speaker.longest - inputs["input_ids"].shape[1])
 
 

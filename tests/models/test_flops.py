@@ -10,16 +10,21 @@ from tiny_models import BERT, CLIP, DUAL, TEXT, VIT, change
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
+from vlmjax.models.bridges import Bridge, BridgeConfig
 from vlmjax.models.clip import Clip, ClipConfig
+from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.flops import (
     blip_nlvr_train_flops,
     blip_train_flops,
     blip_vqa_train_flops,
+    bridge_flops,
     forward_flops,
     train_flops,
 )
+from vlmjax.models.qformer import QformerConfig
 from vlmjax.models.text import Text, TextConfig
 from vlmjax.models.vit import Vit, VitConfig
+from vlmjax.models.vlm import VlmConfig
 
 
 def traced_flops(jaxpr, times=1):
@@ -53,6 +58,21 @@ PIXELS, IDS = np.zeros((4, 16, 24, 3), np.float32), np.zeros((4, 9), np.int32)
 )
 def test_equals_the_traced_products(model, inputs):
     assert forward_flops(model.config, 4) == traced(model, *inputs)
+
+
+WORDS = DecoderConfig(36, 1, 2, 2, 18, 40, 50)
+BRIDGES = [
+    BridgeConfig("linear"),
+    BridgeConfig("mlp", 3),
+    BridgeConfig("qformer", qformer=QformerConfig(change(BERT, depth=5, type_vocab_size=None), 4, 2, False)),
+]
+
+
+@pytest.mark.parametrize("bridge", BRIDGES, ids=lambda bridge: bridge.kind)
+def test_a_bridge_too(bridge):
+    config = VlmConfig(VIT, WORDS, bridge, 49, feature_layers=(-1, 1), keep_class=True)
+    features = jax.numpy.zeros((4, 7, 80))
+    assert 4 * bridge_flops(config, 7) == traced(Bridge(bridge, 36), features)
 
 
 def test_text_length_and_patch_dropout():

@@ -15,9 +15,11 @@ from vlmjax.data import recipe as data_recipe
 from vlmjax.data import text
 from vlmjax.data.conversation import MARK
 from vlmjax.errors import RecipeError
+from vlmjax.models.bert import BertConfig
 from vlmjax.models.bridges import BridgeConfig
 from vlmjax.models.clip import ClipVision
 from vlmjax.models.decoder import Decoder, DecoderConfig
+from vlmjax.models.qformer import QformerConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.models.vlm import Vlm, VlmConfig, example_inputs
 from vlmjax.sharding.mesh import make_mesh
@@ -168,3 +170,10 @@ def test_recipes_of_runs_from_before_there_were_language_models():
     del old.model["language_from"]
     old.data.tokenizer = "bpe:1024"
     assert data_recipe.tokenizer_name(old) == "bpe:1024"
+
+
+def test_a_bridge_with_a_qformer_comes_back_from_json(parts):
+    qformer = QformerConfig(BertConfig(24, 3, 2, 40, vocab_size=9, type_vocab_size=None), 4, 2, False)
+    config = build.make_model(recipe(parts[0]), Words()).config
+    config = dataclasses.replace(config, bridge=BridgeConfig("qformer", qformer=qformer))
+    assert vlm_parts.from_json(json.loads(json.dumps(vlm_parts.to_json(config)))).config == config

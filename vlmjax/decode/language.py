@@ -1,4 +1,4 @@
-"""What generation asks of a model, and the answers of every model around a Decoder and around a Med."""
+"""What generation asks of a model, and the answers of every model around a Decoder, a Med and a T5."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -12,9 +12,11 @@ from jaxtyping import Array, Float, Int
 
 from vlmjax.decode.prompts import bucket, checked_mask
 from vlmjax.errors import UserError
-from vlmjax.models import med
 from vlmjax.models.cache import Cache
 from vlmjax.models.decoder import Decoder, DecoderConfig, init_cache
+from vlmjax.models.med import Med
+from vlmjax.models.t5 import T5
+from vlmjax.models.t5_layers import T5Config
 
 Params = Mapping[str, Any]
 
@@ -141,7 +143,7 @@ class DecoderLanguage:
 
 @dataclasses.dataclass(frozen=True)
 class GroundedLanguage:
-    """A linen module that holds a Med as `decoder`, whose tokens look at what its method `context` makes of inputs.
+    """A T5, or a linen module that holds one or a Med as `decoder`: tokens look at what `context` makes of inputs.
 
     `context(**inputs)` returns states and their mask (1 on what is no padding; None: all of them);
     `prompt(inputs)` is `Language.inputs`. Positions count from the first column of a prompt, as in BERT.
@@ -157,8 +159,9 @@ class GroundedLanguage:
         found = self.model.prompt(inputs)
         beside = [name for name in found if name not in ("input_ids", "attention_mask")]
         for name in filter(lambda name: np.ndim(found[name]) == 2, beside):
-            tokens = found[name].shape[1]
-            more = max(0, min(bucket(tokens), self.room({})) - tokens)
+            tokens, room = found[name].shape[1], self.room({})
+            longest = bucket(tokens) if room is None else min(bucket(tokens), room)
+            more = max(0, longest - tokens)
             found[name] = np.pad(found[name], [(0, 0), (0, more)])
         return found
 
@@ -172,37 +175,47 @@ class GroundedLanguage:
 
     def cache(self, params: Params, batch: int, slots: int) -> Cache:
         """See Language."""
-        return med.init_cache(self.model.config.text, batch, slots)
+        return self._apply(params, lambda m: _writer(m).empty_cache(batch, slots))
 
     def run(
         self, params: Params, prompt: Prompt, cache: Cache
     ) -> tuple[Float[Array, "batch tokens width"], Cache]:
         """See Language."""
         context, mask = prompt.context or (None, None)
-        words = (prompt.embeddings, prompt.segment_ids)
-        return self._apply(params, lambda m: m.decoder.decode(*words, context, mask, cache=cache))
+        words, places = (prompt.embeddings, prompt.segment_ids), prompt.positions
+
+        def call(module: nn.Module) -> Any:
+            return _writer(module).decode(*words, context, mask, cache=cache, positions=places)
+
+        return self._apply(params, call)
 
     def embed(
         self, params: Params, tokens: Int[Array, "batch tokens"], positions: Int[Array, "batch tokens"]
     ) -> Prompt:
         """See Language. Padding may lie beyond the last position: it is no NaN, which a mask would not keep out."""
-        places = jnp.minimum(positions, self.room(params) - 1)
-        embeddings = self._apply(params, lambda m: m.decoder.embed(tokens, places))
+        room = self.room(params)
+        places = positions if room is None else jnp.minimum(positions, room - 1)
+        embeddings = self._apply(params, lambda m: _writer(m).embed(tokens, places))
         return Prompt(embeddings, positions, jnp.ones(tokens.shape, jnp.int32))
 
     def logits(
         self, params: Params, hidden: Float[Array, "batch tokens width"]
     ) -> Float[Array, "batch tokens vocab"]:
         """See Language."""
-        return self._apply(params, lambda m: m.decoder.logits(hidden))
+        return self._apply(params, lambda m: _writer(m).logits(hidden))
 
     def room(self, params: Params) -> int | None:
         """See Language."""
-        return self.model.config.text.max_length
+        words = getattr(self.model.config, "text", self.model.config)
+        return None if isinstance(words, T5Config) else words.max_length
 
 
 def _decoder(module: nn.Module) -> Decoder:
     return module if isinstance(module, Decoder) else module.decoder
+
+
+def _writer(module: nn.Module) -> Med | T5:
+    return module if isinstance(module, T5) else module.decoder
 
 
 def language_of(model: nn.Module) -> Language:

@@ -1,7 +1,8 @@
 """The Hugging Face format: `load` a folder or hub id (`load_model`: without weights), `save`, `load_processor`,
 `save_adapter`.
 
-`load_form`: how the model of a folder was spoken to. `load_lavis`: a .pth file of BLIP's own.
+`load_form`: how the model of a folder was spoken to. `load_lavis`: a .pth file of BLIP's own; `load_lavis_blip2`: of
+BLIP-2's first stage, `load_eva`: of the tower that it begins with.
 
 Importing this room loads neither jax nor transformers; the first call does.
 """
@@ -9,7 +10,17 @@ Importing this room loads neither jax nor transformers; the first call does.
 from collections.abc import Callable
 from typing import Any
 
-__all__ = ["load", "load_form", "load_lavis", "load_model", "load_processor", "save", "save_adapter"]
+__all__ = [
+    "load",
+    "load_eva",
+    "load_form",
+    "load_lavis",
+    "load_lavis_blip2",
+    "load_model",
+    "load_processor",
+    "save",
+    "save_adapter",
+]
 
 
 def __getattr__(name: str) -> Callable[..., Any]:
@@ -22,6 +33,10 @@ def __getattr__(name: str) -> Callable[..., Any]:
         from vlmjax.hub import lavis
 
         return lavis.load_lavis
+    if name in ("load_eva", "load_lavis_blip2"):
+        from vlmjax.hub import lavis_blip2
+
+        return getattr(lavis_blip2, name)
     if name == "save_adapter":
         from vlmjax.hub import adapter
 

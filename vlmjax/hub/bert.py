@@ -38,15 +38,15 @@ _NO_PADDING = -1  # `pad_token_id: null`: no row of the word table is held still
 OLD_NORMS = ((r"LayerNorm\.gamma$", "LayerNorm.weight"), (r"LayerNorm\.beta$", "LayerNorm.bias"))
 
 
-def attention_rows(theirs: str, ours: str, layers: int) -> list[Row]:
-    """Rows of one attention sub-layer of every layer."""
+def attention_rows(theirs: str, ours: str, layers: int | None) -> list[Row]:
+    """Rows of one attention sub-layer, of every layer."""
     rows: list[Row] = []
     for name in ("query", "key", "value"):
         rows += linear(f"{theirs}.self.{name}", f"{ours}/self/{name}", layers=layers)
     return rows + join_rows(f"{theirs}.output", f"{ours}/output", layers)
 
 
-def join_rows(theirs: str, ours: str, layers: int) -> list[Row]:
+def join_rows(theirs: str, ours: str, layers: int | None) -> list[Row]:
     """Rows of how a sub-layer ends."""
     dense = linear(f"{theirs}.dense", f"{ours}/dense", layers=layers)
     return dense + norm(f"{theirs}.LayerNorm", f"{ours}/LayerNorm", layers=layers)

@@ -158,7 +158,7 @@ def _from_text(config: BlipConfig) -> dict[str, Any]:
 # ---- tables
 
 
-def vision_rows(config: VitConfig) -> list[Row]:
+def vision_rows(config: VitConfig, last_norm: str = "vision_model/post_layernorm") -> list[Row]:
     """Rows of the image tower; the file lays q, k and v of a layer in one tensor."""
     ours, theirs = "vision_model/embeddings", "vision_model.embeddings"
     kernel = patches(config.patch_size)
@@ -176,7 +176,7 @@ def vision_rows(config: VitConfig) -> list[Row]:
     rows += linear(f"{theirs}.self_attn.projection", f"{ours}/self_attn/out_proj", layers=layers)
     for name in ("fc1", "fc2"):
         rows += linear(f"{theirs}.mlp.{name}", f"{ours}/mlp/{name}", layers=layers)
-    return rows + norm("vision_model.post_layernorm", "vision_model/post_layernorm")
+    return rows + norm("vision_model.post_layernorm", last_norm)
 
 
 def encoding_rows(config: BertConfig, path: str = "text_model/") -> list[Row]:

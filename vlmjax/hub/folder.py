@@ -15,16 +15,33 @@ import numpy as np
 
 from vlmjax.data.form import Form
 from vlmjax.errors import HubError, RecipeError
-from vlmjax.hub import bert, blip, clip, llama, llava, opt, processor, safetensors, siglip, table, vit
+from vlmjax.hub import (
+    bert,
+    blip,
+    blip2,
+    blip2_language,
+    clip,
+    llama,
+    llava,
+    opt,
+    processor,
+    safetensors,
+    siglip,
+    t5,
+    table,
+    vit,
+)
 from vlmjax.hub.family import Family, nearest
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import BlipCaptioner, BlipRetriever, Images
+from vlmjax.models.blip2 import Blip2Retriever
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
-from vlmjax.models.vlm import Vlm
+from vlmjax.models.t5 import T5
+from vlmjax.models.vlm import Seeing, Seq2SeqVlm, Vlm
 
 FAMILIES: dict[str, Family] = {
     family.architecture: family
@@ -41,11 +58,14 @@ FAMILIES: dict[str, Family] = {
         blip.CAPTION,
         blip.RETRIEVAL,
         blip.VQA,
+        blip2.RETRIEVAL,
+        blip2_language.GENERATION,
         llava.LLAVA,
         llama.LLAMA,
         llama.MISTRAL,
         llama.QWEN2,
         opt.OPT,
+        t5.GENERATION,
     )
 }
 
@@ -63,6 +83,7 @@ _BY_TYPE = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "opt": "OPTForCausalLM",
+    "t5": "T5ForConditionalGeneration",
 }
 
 # Which class a decoder is written as.
@@ -157,7 +178,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText, Bert, Decoder, Vlm, or one of BLIP's.
+        model: Clip, ClipVision, ClipText, Bert, Decoder, T5, Vlm, or one of BLIP's or BLIP-2's.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -214,10 +235,19 @@ def family_of(model: nn.Module) -> Family:
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
         case Bert():
             return bert.BERT
+        case Seeing() if model.config.bridge.kind == "qformer":
+            return blip2_language.GENERATION
+        case Seq2SeqVlm():
+            raise HubError(
+                f"no class of transformers has a bridge of kind {model.config.bridge.kind!r} before a T5; "
+                "Blip2ForConditionalGeneration has one of kind 'qformer'. Keep this model as a checkpoint of vlmjax"
+            )
         case Vlm():
             return llava.LLAVA
         case BlipRetriever():
             return blip.RETRIEVAL
+        case Blip2Retriever():
+            return blip2.RETRIEVAL
         case BlipCaptioner():
             return blip.CAPTION
         case BlipVqa():
@@ -227,11 +257,13 @@ def family_of(model: nn.Module) -> Family:
                 "BlipNlvr has no class in transformers: none looks at two images by two branches of cross-attention. "
                 "Keep this model as a checkpoint of vlmjax"
             )
+        case T5():
+            return t5.GENERATION
         case Decoder():
             return _BY_FAMILY[model.config.family]
     raise HubError(
         f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert, Decoder, "
-        "Vlm"
+        "T5, Vlm, those of BLIP and BLIP-2"
     )
 
 
@@ -321,7 +353,10 @@ def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     if isinstance(model, (Clip, Images)):
         towers = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text")}
         return model.clone(config=replace(config, **towers))
-    if isinstance(model, Vlm):
+    if isinstance(model, Blip2Retriever):
+        qformer = replace(config.qformer, bert=replace(config.qformer.bert, dtype=dtype))
+        return model.clone(config=replace(config, image=replace(config.image, dtype=dtype), qformer=qformer))
+    if isinstance(model, Seeing):
         parts = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text", "bridge")}
         return model.clone(config=replace(config, **parts))
     return model.clone(config=replace(config, dtype=dtype))

@@ -32,9 +32,8 @@ from vlmjax.models.vit import VitConfig
 
 HEAD_WIDTH = 64
 SEP = 102  # of bert-base-uncased
-_SPELLINGS = (
-    (r"^model\.", ""),
-    (r"^module\.", ""),
+# Of an image tower, in LAVIS as in timm.
+VISION_SPELLINGS = (
     (r"^visual_encoder\.cls_token$", "vision_model.embeddings.class_embedding"),
     (r"^visual_encoder\.pos_embed$", "vision_model.embeddings.position_embedding"),
     (r"^visual_encoder\.patch_embed\.proj\.", "vision_model.embeddings.patch_embedding."),
@@ -47,6 +46,7 @@ _SPELLINGS = (
     (r"^visual_encoder\.blocks\.(\d+)\.attn\.", r"vision_model.encoder.layers.\1.self_attn."),
     (r"^visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision_model.encoder.layers.\1.mlp."),
 )
+_SPELLINGS = ((r"^model\.", ""), (r"^module\.", ""), *VISION_SPELLINGS)
 # The momentum copies and queues of training, which fine-tuning and inference begin without; buffers; an optimizer.
 _TRAINING = (r".*_m\..*", r"(image|text|idx)_queue", r"(queue_ptr|ptr_queue)", r"optimizer\..*")
 _HEAD_COPIES = (r"text_decoder\.cls\.predictions\.decoder\.(weight|bias)",)

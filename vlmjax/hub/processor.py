@@ -16,16 +16,18 @@ from vlmjax.hub import chat, llava_processor
 from vlmjax.hub.family import Family
 from vlmjax.hub.source import locate
 from vlmjax.models.bert import BertConfig
-from vlmjax.models.blip import Images
 from vlmjax.models.decoder import DecoderConfig
+from vlmjax.models.t5_layers import T5Config
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
-from vlmjax.models.vlm import Vlm
+from vlmjax.models.vlm import Seeing
 
 IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
 TOKENIZER = "tokenizer_config.json"
-Words = TextConfig | BertConfig | DecoderConfig
+Words = TextConfig | BertConfig | DecoderConfig | T5Config
+# Processors that resize whole images to a square, whatever their shape was.
+_SQUEEZING = ("BlipProcessor", "Blip2Processor")
 _VOCABULARIES = ("tokenizer.json", "vocab.txt", "vocab.json", "tokenizer.model")
 
 
@@ -70,10 +72,19 @@ def _image_settings(path: Path) -> dict[str, Any] | None:
 def _max_length(path: Path) -> int:
     """Positions of the text model; where config.json has none, what the tokenizer says, or CLIP's 77."""
     config = _json(path / "config.json")
-    for holder in (config.get("text_config_dict"), config.get("text_config"), config):
+    holders = (
+        config.get("text_config_dict"),
+        config.get("text_config"),
+        config.get("qformer_config"),
+        config,
+    )
+    for holder in holders:
         if holder and "max_position_embeddings" in holder:
             positions = int(holder["max_position_embeddings"])
-            if config.get("model_type") == "blip":  # BERT's 512, of which it was trained to use some
+            if config.get("model_type") in (
+                "blip",
+                "blip-2",
+            ):  # BERT's 512, of which it was trained to use some
                 return min(positions, int(_json(path / TOKENIZER).get("model_max_length", positions)))
             return positions
     if "bert" in (config.get("model_type"), (config.get("text_config") or {}).get("model_type")):
@@ -105,7 +116,7 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
     """
     image, words = _towers(model)
     _check_tokenizer(family, words, tokenizer)
-    if isinstance(model, Vlm) and isinstance(tokenizer, text.Tokenizer):
+    if isinstance(model, Seeing) and isinstance(tokenizer, text.Tokenizer):
         llava_processor.check(model.config, tokenizer)
     if image_processor is None:
         return None
@@ -118,7 +129,7 @@ def check(family: Family, model: nn.Module, tokenizer: Any, image_processor: Any
             f"{image.image_shape} (height, width); give an image_processor of that size"
         )
     named = {} if family.processor is None else {"processor_class": family.processor}
-    return (_blip_images(transform) if isinstance(model, Images) else transform.to_hf()) | named
+    return (_blip_images(transform) if family.processor in _SQUEEZING else transform.to_hf()) | named
 
 
 def _blip_images(transform: EvalTransform) -> dict[str, Any]:
@@ -158,7 +169,11 @@ def write(
     else:
         tokenizer.save_pretrained(str(path))
     stated = _json(path / TOKENIZER)
-    if isinstance(model, Vlm):
+    if isinstance(model, Seeing) and family.processor == "Blip2Processor":
+        # It puts so many placeholders before a text, opening token included, and leaves the text as it is.
+        queries = {"num_query_tokens": model.config.image_tokens}
+        _write_json(path / BOTH, {"processor_class": family.processor} | queries)
+    elif isinstance(model, Seeing):
         ours = _as_ours(tokenizer, path, length)
         stated |= llava_processor.leave_open(ours, path) or {}
         llava_processor.write_generation(model.config, ours, form, path)
@@ -184,7 +199,7 @@ def _towers(model: nn.Module) -> tuple[VitConfig | None, Words | None]:
     config = model.config
     if isinstance(config, VitConfig):
         return config, None
-    if isinstance(config, (TextConfig, BertConfig, DecoderConfig)):
+    if isinstance(config, (TextConfig, BertConfig, DecoderConfig, T5Config)):
         return None, config
     return config.image, config.text
 

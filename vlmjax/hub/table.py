@@ -54,7 +54,8 @@ class Row(NamedTuple):
     """`hf` is the name in the file; with `layers` it holds `{layer}`, and the parameter stacks on axis 0.
 
     Several paths are parameters of one shape that the file lays end to end, on the first axis of its tensor. `first`
-    is the number of the first layer, where the stack does not begin with layer 0.
+    is the number of the first layer, where the stack does not begin with layer 0, and `step` what lies between two of
+    its layers, where it holds not every one.
     """
 
     hf: str
@@ -62,6 +63,7 @@ class Row(NamedTuple):
     transform: Transform = SAME
     layers: int | None = None
     first: int = 0
+    step: int = 1
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -72,7 +74,7 @@ class Row(NamedTuple):
         """Names of all tensors of this row, in layer order."""
         if self.layers is None:
             return [self.hf]
-        return [self.hf.format(layer=self.first + i) for i in range(self.layers)]
+        return [self.hf.format(layer=self.first + self.step * i) for i in range(self.layers)]
 
     def under(self, hf_prefix: str, prefix: str) -> "Row":
         """Return the same row inside a larger model."""

@@ -224,6 +224,15 @@ class BertLayer(nn.Module):
         return x, None if kept is None else tuple(part.swapaxes(1, 2) for part in made)
 
 
+def lookup_words(
+    words: Float[Array, "vocab width"], input_ids: Ids, pad_token_id: int
+) -> Float[Array, "batch tokens width"]:
+    """Words of ids. The row of padding is never trained (torch's padding_idx, which BertModel uses)."""
+    x = lookup(words, input_ids)
+    padding = jnp.asarray(input_ids == pad_token_id)[:, :, None]
+    return jnp.where(padding, jax.lax.stop_gradient(x), x)
+
+
 class BertEmbeddings(nn.Module):
     """Words, positions and token types, added, normalised, dropped out."""
 
@@ -241,10 +250,7 @@ class BertEmbeddings(nn.Module):
         cfg = self.config
         words = self.param("word_embeddings", INIT, (cfg.vocab_size, cfg.width), jnp.float32)
         places = self.param("position_embeddings", INIT, (cfg.max_length, cfg.width), jnp.float32)
-        x = lookup(words, input_ids)
-        # The padding row is never trained (torch's padding_idx, which BertModel uses).
-        padding = jnp.asarray(input_ids == cfg.pad_token_id)[:, :, None]
-        x = jnp.where(padding, jax.lax.stop_gradient(x), x)
+        x = lookup_words(words, input_ids, cfg.pad_token_id)
         if cfg.type_vocab_size is not None:
             types = self.param("token_type_embeddings", INIT, (cfg.type_vocab_size, cfg.width), jnp.float32)
             x = x + (types[None, :1] if token_type_ids is None else lookup(types, token_type_ids))

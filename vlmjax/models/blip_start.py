@@ -6,7 +6,7 @@ error, and only what is new in a form keeps its fresh values.
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -109,30 +109,35 @@ def from_towers(
     Raises:
       UserError: a tower of another shape.
     """
-    start, problems = flatten_dict(dict(fresh), sep="/"), []
-
-    def put(path: str, value: Any) -> None:
-        if path not in start:
-            problems.append(f"{path} has no place")
-        elif value.shape != start[path].shape:
-            problems.append(f"{path} is {list(value.shape)}, expected {list(start[path].shape)}")
-        start[path] = value
-
+    start, given = flatten_dict(dict(fresh), sep="/"), {}
     if image is not None:
         config, params = image
         for path, value in flatten_dict(dict(params), sep="/").items():
             if path == POSITIONS:
                 value = resize_positions(jnp.asarray(value), config.grid, model.config.image.grid)
             if path.startswith("vision_model/"):
-                put(path, value)
+                given[path] = value
     if text is not None:
-        for path, value in _of_bert(text[1], start, fold_token_type).items():
-            put(path, value)
+        given |= _of_bert(text[1], start, fold_token_type)
     if head is not None:
         for path, value in flatten_dict({"text_model": {"head": dict(head)}}, sep="/").items():
-            put(path, _grown(value, start.get(path)) if path.endswith("head/bias") else value)
-    _refuse(type(model).__name__, "the towers", problems)
-    return unflatten_dict(start, sep="/")
+            given[path] = grown(value, start.get(path)) if path.endswith("head/bias") else value
+    return laid_over(type(model).__name__, start, given)
+
+
+def laid_over(model: str, start: Params, given: Params, problems: Sequence[str] = ()) -> dict[str, Any]:
+    """A tree of the parameters `start` of a model, with those that towers give in their places; both by path.
+
+    Raises UserError naming `problems` and all that have no place or another shape.
+    """
+    problems = list(problems)
+    for path, value in given.items():
+        if path not in start:
+            problems.append(f"{path} has no place")
+        elif value.shape != start[path].shape:
+            problems.append(f"{path} is {list(value.shape)}, expected {list(start[path].shape)}")
+    _refuse(model, "the towers", problems)
+    return unflatten_dict({**start, **given}, sep="/")
 
 
 def _of_bert(bert: Params, start: Mapping[str, Any], fold_token_type: bool) -> dict[str, Any]:
@@ -149,11 +154,11 @@ def _of_bert(bert: Params, start: Mapping[str, Any], fold_token_type: bool) -> d
             flat |= {path.replace(ENCODER, name, 1): value for path, value in own.items()}
     for name in ("word_embeddings", "position_embeddings"):
         path = f"text_model/embeddings/{name}"
-        flat[path] = _grown(flat[path], start.get(path))
+        flat[path] = grown(flat[path], start.get(path))
     return flat
 
 
-def _grown(known: Any, table: Any) -> Any:
+def grown(known: Any, table: Any) -> Any:
     """A table with the rows that are known in front, as far as it reaches."""
     if table is None or known.shape[1:] != table.shape[1:]:
         return known

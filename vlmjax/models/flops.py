@@ -85,11 +85,7 @@ def vlm_train_flops(
     patches = math.prod(config.image.grid)
     tokens, features = patches + config.image.class_token, patches + config.keep_class
     tower = forward_flops(config.image, slots)
-    widths = [
-        config.image.width * len(config.feature_layers),
-        *[config.text.width] * config.bridge.projections,
-    ]
-    bridge = slots * features * sum(2 * a * b for a, b in itertools.pairwise(widths))
+    bridge = slots * bridge_flops(config, features)
     parts = {"vision_model": tower, "bridge": bridge, "language_model": decoder_flops(config.text, length)}
     rows = {"vision_model": slots * tokens, "bridge": slots * features, "language_model": length}
     total, below, adapted = 0, False, adapted or {}
@@ -99,6 +95,23 @@ def vlm_train_flops(
         total += 6 * rows[name] * adapted.get(name, 0)
         below = below or name in trained
     return batch * total
+
+
+def bridge_flops(config: VlmConfig, features: int) -> int:
+    """Count a forward pass of the bridge over so many features of an image.
+
+    A Q-Former of Q queries of width W costs per layer what BERT's costs, and where it looks at F features of width D
+    4 Q W^2 (q, out) + 4 F D W (k, v) + 4 Q F W.
+    """
+    width, form = config.image.width * len(config.feature_layers), config.bridge.qformer
+    looked, tokens = 0, features
+    if form is not None:
+        bert, tokens = form.bert, form.queries
+        looks = -(-bert.depth // form.cross_attention_frequency)
+        look = 4 * bert.width * (tokens * bert.width + features * width + tokens * features)
+        looked, width = _blocks(bert, tokens) + looks * look, bert.width
+    widths = [width, *[config.text.width] * config.bridge.projections]
+    return looked + tokens * sum(2 * a * b for a, b in itertools.pairwise(widths))
 
 
 def blip_train_flops(

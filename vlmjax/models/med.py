@@ -101,6 +101,7 @@ class Med(nn.Module):
         context_mask: ContextMask | None = None,
         *,
         cache: Cache | None = None,
+        positions: Int[Array, "rows tokens"] | None = None,
         train: bool = False,
     ) -> tuple[Float[Array, "rows tokens width"], Cache | None]:
         """States of tokens that see those before them and a context.
@@ -110,6 +111,7 @@ class Med(nn.Module):
           attention_mask: 1 on tokens, 0 on padding.
           context, context_mask: as for `encode`. Left out where the cache remembers them.
           cache: tokens that came before. New ones take the next slots of every row.
+          positions: of each token, which a cache remembers; `embed` has added them already.
           train: as for `encode`.
 
         Returns:
@@ -126,7 +128,7 @@ class Med(nn.Module):
             if attention_mask is None
             else jnp.asarray(attention_mask)
         )
-        slot, places = cache.length, jnp.zeros(embeddings.shape[:2], jnp.int32)
+        slot, places = cache.length, jnp.zeros(real.shape, jnp.int32) if positions is None else positions
         cache = admit(cache, places, (real != 0).astype(jnp.int32))
         told = told.replace(mask=cache_mask(cache, tokens), slot=slot)
         told = told if context is not None else told.replace(crossed=cache.crossed)
@@ -137,6 +139,10 @@ class Med(nn.Module):
         )  # too many tokens must not pass unseen
         crossed = cache.crossed if context is None else Crossed(*made, told.context_mask)
         return hidden, cache.replace(k=kept.k, v=kept.v, crossed=crossed)
+
+    def empty_cache(self, batch: int, slots: int) -> Cache:
+        """A cache for `slots` tokens a row."""
+        return init_cache(self.config, batch, slots)
 
     def logits(self, hidden: Float[Array, "batch tokens width"]) -> Float[Array, "batch tokens vocab"]:
         """Scores of the next token, in float32."""

@@ -34,14 +34,16 @@ INITS = ("clip", "normal")
 class VitConfig:
     """Shape of a vision transformer. `image_size` is a side or (height, width) in pixels.
 
-    The last five fields are CLIP's by default; SigLIP (2303.15343) has neither class token nor norm before the blocks,
-    a bias on its patches, and pools with a query of its own (2106.04560, section 3). `blip_vit` gives BLIP's.
+    The last six fields are CLIP's by default; SigLIP (2303.15343) has neither class token nor norm before the blocks,
+    a bias on its patches, and pools with a query of its own (2106.04560, section 3). `blip_vit` gives BLIP's, and
+    `blip2_vit` BLIP-2's.
 
     Attributes:
       drop_path: chance that a sub-layer of the last block adds nothing to an image in training; blocks before it have
         less, the first one none (stochastic depth, 1603.09382).
       class_token: whether a learned token stands before the patches.
       pre_norm: whether a norm stands before the blocks.
+      post_norm: whether one stands after them.
       patch_bias: whether the projection of patches has a bias.
       pool: `class` (the normalised class token), `attention`, or `none`.
       init: of the kernels, `clip` as in CLIP's release, or `normal` with std 0.02 (BERT's, timm's).
@@ -64,6 +66,7 @@ class VitConfig:
     patch_bias: bool = False
     pool: str = "class"
     init: str = "clip"
+    post_norm: bool = True
 
     def __post_init__(self):
         """Refuse what cannot be built."""
@@ -72,6 +75,10 @@ class VitConfig:
             raise RecipeError(
                 f"VitConfig.pool is {self.pool!r} with class_token={self.class_token}; choose one of "
                 f"{', '.join(POOLS)}, and `class` only where there is one"
+            )
+        if self.pool == "class" and not self.post_norm:
+            raise RecipeError(
+                "VitConfig.pool 'class' is of a normalised token; leave post_norm, or take 'none'"
             )
         if min(self.grid) < 1:
             raise RecipeError(
@@ -218,8 +225,8 @@ class Vit(nn.Module):
 
         With `train` and config.patch_dropout, a random share of the patches is left out, so there are fewer tokens;
         that and config.drop_path need the "dropout" rng. With `pool` "class" last_hidden_state is not normalised, else
-        it is: as in Hugging Face's models. `layers` chooses hidden states for `features`: 0 is what the first block
-        reads, -1 what the last one leaves.
+        it is, as in Hugging Face's models, unless there is no `post_norm`. `layers` chooses hidden states for
+        `features`: 0 is what the first block reads, -1 what the last one leaves.
         """
         cfg, dtype = self.config, DTYPES[self.config.dtype]
         check_pixels(pixel_values, cfg.patch_size)
@@ -232,7 +239,7 @@ class Vit(nn.Module):
         if cfg.pool == "class":
             pooled = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="post_layernorm")(x[:, 0])
         else:
-            x = LayerNorm(cfg.layer_norm_eps, dtype, name="post_layernorm")(x)
+            x = LayerNorm(cfg.layer_norm_eps, dtype, name="post_layernorm")(x) if cfg.post_norm else x
             pooled = AttentionPool(cfg, name="head")(x) if cfg.pool == "attention" else None
         pooled = None if pooled is None else constrain(pooled, "batch", None)
         return TowerOutput(last_hidden_state=x, pooler_output=pooled, features=features)

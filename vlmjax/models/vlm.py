@@ -15,6 +15,8 @@ from vlmjax.models.bridges import Bridge, BridgeConfig
 from vlmjax.models.cache import Cache
 from vlmjax.models.decoder import Decoder, DecoderConfig, text_places
 from vlmjax.models.layers import Ids
+from vlmjax.models.t5 import T5, open_answer
+from vlmjax.models.t5_layers import T5Config
 from vlmjax.models.vit import Vit, VitConfig
 
 Pixels = Float[Array | np.ndarray, "batch slots rows columns 3"]
@@ -35,7 +37,7 @@ class VlmConfig:
     """
 
     image: VitConfig
-    text: DecoderConfig
+    text: DecoderConfig | T5Config
     bridge: BridgeConfig
     image_token_id: int
     feature_layers: tuple[int, ...] = (-2,)
@@ -63,17 +65,17 @@ class VlmConfig:
         return self.bridge.tokens(math.prod(self.image.grid) + self.keep_class)
 
 
-class Vlm(nn.Module):
-    """LLaVA and its kind. `embed`, the call and `logits` are those of a Decoder, so that it generates as one does."""
+class Seeing(nn.Module):
+    """The three parts, and texts with images for either kind of language model."""
 
     config: VlmConfig
 
     def setup(self):
-        """Build the three parts."""
+        """Build them."""
         cfg = self.config
         self.vision_model = Vit(cfg.image)
         self.bridge = Bridge(cfg.bridge, cfg.text.width)
-        self.language_model = Decoder(cfg.text)
+        self.language_model = (T5 if isinstance(cfg.text, T5Config) else Decoder)(cfg.text)
 
     def image_features(
         self, pixel_values: Float[Array | np.ndarray, "images rows columns 3"]
@@ -114,6 +116,20 @@ class Vlm(nn.Module):
             image_index = placeholder_index(ids == self.config.image_token_id)
         return place(words, features, jnp.asarray(image_index))
 
+    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
+        """Raise UserError, on the host, where placeholders and images of a batch do not belong together."""
+        ids, pixels = np.asarray(inputs["input_ids"]), inputs.get("pixel_values")
+        shape = (*self.config.image.image_shape, 3)
+        if pixels is not None and (np.ndim(pixels) != 5 or np.shape(pixels)[2:] != shape):
+            raise UserError(
+                f"pixel_values has shape {np.shape(pixels)}; expected [batch, images, {', '.join(map(str, shape))}]"
+            )
+        check_placeholders(self.config, ids, 0 if pixels is None else np.shape(pixels)[1])
+
+
+class Vlm(Seeing):
+    """LLaVA and its kind. `embed`, the call and `logits` are those of a Decoder, so that it generates as one does."""
+
     def __call__(
         self,
         embeddings: Float[Array, "batch tokens width"],
@@ -138,16 +154,6 @@ class Vlm(nn.Module):
         """What generates, once a prompt is prepared."""
         return self.language_model
 
-    def check_inputs(self, inputs: Mapping[str, Any]) -> None:
-        """Raise UserError, on the host, where placeholders and images of a batch do not belong together."""
-        ids, pixels = np.asarray(inputs["input_ids"]), inputs.get("pixel_values")
-        shape = (*self.config.image.image_shape, 3)
-        if pixels is not None and (np.ndim(pixels) != 5 or np.shape(pixels)[2:] != shape):
-            raise UserError(
-                f"pixel_values has shape {np.shape(pixels)}; expected [batch, images, {', '.join(map(str, shape))}]"
-            )
-        check_placeholders(self.config, ids, 0 if pixels is None else np.shape(pixels)[1])
-
     def prepare(
         self, input_ids: Ids, attention_mask: Ids | None = None, pixel_values: Pixels | None = None
     ) -> tuple[
@@ -163,6 +169,48 @@ class Vlm(nn.Module):
         embeddings, positions, segments = self.prepare(input_ids, attention_mask, pixel_values)
         hidden, _ = self(embeddings, positions=positions, segment_ids=segments)
         return self.logits(hidden)
+
+
+class Seq2SeqVlm(Seeing):
+    """The same around a T5: its encoder reads text and images, its decoder answers. It generates as a T5 does."""
+
+    def __call__(
+        self,
+        input_ids: Ids,
+        attention_mask: Ids | None = None,
+        pixel_values: Pixels | None = None,
+        decoder_input_ids: Int[Array | np.ndarray, "batch answer"] | None = None,
+        decoder_attention_mask: Int[Array | np.ndarray, "batch answer"] | None = None,
+    ) -> Float[Array, "batch answer vocab"]:
+        """Scores of the token after each of an answer, see `T5`. Raises UserError without answers."""
+        if decoder_input_ids is None:
+            raise UserError("decoder_input_ids is missing; give the answers, or use decode.generate")
+        words = self.language_model
+        states = words.encode(self.embed(input_ids, pixel_values), attention_mask)
+        answers = words.embed(decoder_input_ids)
+        return words.logits(words.decode(answers, decoder_attention_mask, states, attention_mask)[0])
+
+    @property
+    def decoder(self) -> T5:
+        """What generates, once a prompt is prepared."""
+        return self.language_model
+
+    def prompt(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What `generate` is given, made the start of an answer and what it answers, on the host. Raises UserError."""
+        found = open_answer(inputs, self.config.text)
+        self.check_inputs(inputs)
+        pixels = inputs.get("pixel_values")
+        return found if pixels is None else {**found, "pixel_values": pixels}
+
+    def context(
+        self,
+        encoder_ids: Int[Array, "batch words"],
+        encoder_mask: Int[Array, "batch words"],
+        pixel_values: Pixels | None = None,
+        **_: Any,
+    ) -> tuple[Float[Array, "batch words width"], Int[Array, "batch words"]]:
+        """What the decoder looks at while it generates, and its mask: see decode/language.py."""
+        return self.language_model.encode(self.embed(encoder_ids, pixel_values), encoder_mask), encoder_mask
 
 
 def place(
@@ -229,10 +277,16 @@ def deal(config: VlmConfig, input_ids: np.ndarray, pixel_values: np.ndarray) -> 
     return out
 
 
+def vlm_of(config: VlmConfig) -> Vlm | Seq2SeqVlm:
+    """The model of a configuration, by its language model."""
+    return (Seq2SeqVlm if isinstance(config.text, T5Config) else Vlm)(config)
+
+
 def example_inputs(config: VlmConfig) -> dict[str, Any]:
-    """What `Vlm(config).init` needs to make all parameters."""
+    """What `vlm_of(config).init` needs to make all parameters."""
+    writes = isinstance(config.text, T5Config)
     return {
-        "method": "causal_lm",
+        **({"decoder_input_ids": np.zeros((1, 1), np.int32)} if writes else {"method": "causal_lm"}),
         "input_ids": np.full((1, 1), config.image_token_id, np.int32),
         "pixel_values": np.zeros((1, 1, *config.image.image_shape, 3), np.float32),
     }

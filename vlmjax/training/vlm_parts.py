@@ -14,8 +14,10 @@ from vlmjax.data import text
 from vlmjax.data.conversation import MARK
 from vlmjax.data.recipe import naming
 from vlmjax.errors import RecipeError
+from vlmjax.models.bert import BertConfig
 from vlmjax.models.bridges import BridgeConfig
 from vlmjax.models.decoder import Decoder, DecoderConfig
+from vlmjax.models.qformer import QformerConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.models.vlm import Vlm, VlmConfig
 from vlmjax.ops.rotary import Rope
@@ -222,11 +224,14 @@ def from_json(value: Mapping[str, Any]) -> Vlm:
         image["image_size"] = tuple(image["image_size"])
     words["rope"] = None if words["rope"] is None else Rope(**words["rope"])
     words["eos_token_ids"] = tuple(words["eos_token_ids"])
+    bridge, qformer = dict(value["bridge"]), value["bridge"].get("qformer")
+    if qformer is not None:
+        bridge["qformer"] = QformerConfig(**{**qformer, "bert": BertConfig(**qformer["bert"])})
     return Vlm(
         VlmConfig(
             image=VitConfig(**image),
             text=DecoderConfig(**words),
-            bridge=BridgeConfig(**value["bridge"]),
+            bridge=BridgeConfig(**bridge),
             image_token_id=value["image_token_id"],
             feature_layers=tuple(value["feature_layers"]),
             keep_class=value["keep_class"],
