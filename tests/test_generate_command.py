@@ -14,10 +14,14 @@ from PIL import Image
 
 pytest.importorskip("torch")
 
+from tests.capfilt import models as capfilt_models
 from tests.parity import tiny
-from vlmjax import generate
+from vlmjax import decode, generate, hub
 from vlmjax.data.conversation import Message, Part
 from vlmjax.errors import UserError
+from vlmjax.models import blip_tasks
+from vlmjax.models.blip_start import from_pretraining
+from vlmjax.models.blip_tasks import BlipVqa
 
 CHAT = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -275,3 +279,61 @@ def test_templates_give_what_ends_an_answer(talker):
 def test_parameters_are_on_the_device(folder):
     speaker = generate.open_speaker(parse(f"--model={folder}", "--prompt=x"))
     assert all(isinstance(x, jax.Array) and x.dtype == jnp.float32 for x in jax.tree.leaves(speaker.params))
+
+
+@pytest.fixture(scope="module")
+def blips(tmp_path_factory):
+    """A Blip, a BlipVqa, and a picture."""
+    folder = tmp_path_factory.mktemp("blip")
+    whole = capfilt_models.blip(folder)
+    model, params = hub.load(whole)
+    asked = BlipVqa(model.config)
+    fresh = asked.init(jax.random.key(0), **blip_tasks.example_inputs(asked))["params"]
+    words, transform = hub.load_processor(whole)
+    hub.save(
+        asked,
+        from_pretraining(asked, fresh, model, params),
+        folder / "vqa",
+        tokenizer=words,
+        image_processor=transform,
+    )
+    Image.fromarray(np.arange(20 * 30 * 3, dtype=np.uint8).reshape(20, 30, 3)).save(folder / "a.png")
+    return whole, folder / "vqa", folder / "a.png"
+
+
+@pytest.mark.parametrize("kind", [0, 1], ids=["caption", "answer"])
+@pytest.mark.parametrize("prompt", ["a picture", ""])
+def test_blip_writes_a_caption_or_an_answer(blips, kind, prompt, capsys):
+    folder, picture = blips[kind], blips[2]
+    given = [f"--model={folder}", f"--image={picture}", f"--prompt={prompt}", "--max_new_tokens=5"]
+    if kind and not prompt:
+        with pytest.raises(UserError, match="answers questions; give one as --prompt"):
+            run(*given)
+        return
+    run(*given)
+    model, params = hub.load(folder)
+    words, transform = hub.load_processor(folder)
+    pixels = transform.normalize(transform(np.asarray(Image.open(picture))))[None]
+    ids = {"input_ids": np.array([words.encode(prompt)], np.int32)} if prompt else {}
+    found = decode.generate(
+        model, params, pixel_values=pixels, **ids, max_new_tokens=5, eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )  # fmt: skip
+    assert capsys.readouterr().out.strip() == words.decode(np.asarray(found[0])).strip()
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--prompt=a"], "0 images; BLIP looks at one, give --image once"),
+        (
+            ["--prompt=a", "--system=b", "--image=PICTURE"],
+            "a Blip holds no conversation; leave out --chat, --system",
+        ),
+        (["--prompt=" + "a red star " * 20, "--image=PICTURE"], "tokens, the model takes 24; shorten it"),
+    ],
+)
+def test_what_blip_cannot_be_asked(blips, more, message):
+    more = [one.replace("PICTURE", str(blips[2])) for one in more]
+    with pytest.raises(UserError, match=message):
+        run(f"--model={blips[0]}", *more)

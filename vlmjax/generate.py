@@ -26,7 +26,8 @@ _string("model", None, "Folder of a run (its newest checkpoint), or a Hugging Fa
 _string(
     "prompt",
     None,
-    "What to continue or to answer; <image> is where an image stands, otherwise they come on a line before it.",
+    "What to continue or to answer; <image> is where an image stands, otherwise they come on a line before it. Of BLIP "
+    "a question, or how a caption begins ('' for nothing).",
 )
 flags.DEFINE_multi_string("image", [], "An image file; give it again for the next one.", flag_values=FLAGS)
 flags.DEFINE_bool("chat", False, "Talk: a line is a turn. /image FILE, /clear, /exit.", flag_values=FLAGS)
@@ -62,6 +63,7 @@ class Speaker(NamedTuple):
     """A model that has been opened, and what stands between it and text.
 
     Attributes:
+      form: how it is spoken to; None for a BLIP, which is given an image and a question, or how a caption begins.
       apart: what it reads is apart from what it writes (T5): it is closed, and takes no room from the answer.
     """
 
@@ -86,6 +88,7 @@ def open_speaker(options: Any) -> Speaker:
     from vlmjax.data.pieces import Pieces
     from vlmjax.decode.language import DecoderLanguage, language_of
     from vlmjax.evaluate import read_model
+    from vlmjax.models.blip_config import BlipConfig
     from vlmjax.models.t5_layers import T5Config
 
     model, params, tokenizer, transform = read_model(options.model)
@@ -95,12 +98,9 @@ def open_speaker(options: Any) -> Speaker:
         raise UserError(f"--model={options.model}: {error}") from None
     if tokenizer is None:
         raise DataError(f"--model={options.model}: has no tokenizer; save the model with it")
+    if isinstance(model.config, BlipConfig):
+        return _blip(options, model, params, tokenizer, transform)
     config = language.config(params) if isinstance(language, DecoderLanguage) else model.config
-    if not hasattr(config, "eos_token_ids"):
-        raise UserError(
-            f"--model={options.model}: a {type(model).__name__} writes captions or short answers and holds no "
-            "conversation; call vlmjax.decode.generate with it"
-        )
     pieces = Pieces(tokenizer)
     form = _form(options, pieces)
     tokens, texts = ends_of(form.template, pieces)
@@ -116,6 +116,39 @@ def open_speaker(options: Any) -> Speaker:
         stops=(*options.stop, *texts),
         longest=config.max_length,
         apart=isinstance(config, T5Config),
+    )
+
+
+def _blip(options: Any, model: Any, params: Any, tokenizer: Any, transform: Any) -> Speaker:
+    """A BLIP that writes captions or answers questions."""
+    import jax
+
+    from vlmjax.data.pieces import Pieces
+    from vlmjax.models.blip_tasks import BlipVqa
+
+    name = type(model).__name__
+    if options.chat or options.system or options.template != AUTO:
+        raise UserError(
+            f"--model={options.model}: a {name} holds no conversation; leave out --chat, --system and --template, and "
+            "give --image and --prompt"
+        )
+    if transform is None:
+        raise DataError(
+            f"--model={options.model}: has no preprocessor_config.json; save the model with its processor"
+        )
+    config = model.config
+    return Speaker(
+        name=options.model,
+        model=model,
+        params=jax.device_put(params),
+        tokenizer=tokenizer,
+        transform=transform,
+        pieces=Pieces(tokenizer),
+        form=None,
+        ends=(config.sep_token_id,),
+        stops=tuple(options.stop),
+        longest=config.text.max_length,
+        apart=isinstance(model, BlipVqa),
     )
 
 
@@ -172,6 +205,8 @@ def inputs_of(speaker: Speaker, conversation: Sequence[Any], images: Sequence[An
     """What the model takes: ids of the conversation up to the answer, and normalised pixels of its images."""
     import numpy as np
 
+    if speaker.form is None:
+        return _blip_inputs(speaker, conversation[-1], images)
     tokens, image_id, out = 0, 0, {}
     if images:
         if speaker.transform is None or not hasattr(speaker.model.config, "image_tokens"):
@@ -201,6 +236,22 @@ def inputs_of(speaker: Speaker, conversation: Sequence[Any], images: Sequence[An
     return out | {"input_ids": ids[None]}
 
 
+def _blip_inputs(speaker: Speaker, said: Any, images: Sequence[Any]) -> dict[str, Any]:
+    """An image, and a question or how its caption begins."""
+    import numpy as np
+
+    if len(images) != 1:
+        raise UserError(f"--model={speaker.name}: {len(images)} images; BLIP looks at one, give --image once")
+    text = "".join(part.text for part in said.parts if part.kind == "text").strip()
+    if speaker.apart and not text:
+        raise UserError(f"--model={speaker.name}: answers questions; give one as --prompt")
+    ids = speaker.tokenizer.encode(text) if text else [speaker.model.config.bos_token_id]
+    if len(ids) >= speaker.longest:
+        raise UserError(f"the prompt has {len(ids)} tokens, the model takes {speaker.longest}; shorten it")
+    pixels = speaker.transform.normalize(speaker.transform(images[0]))
+    return {"pixel_values": pixels[None], "input_ids": np.array([ids], np.int32)}
+
+
 # ---- answers
 
 
@@ -213,8 +264,8 @@ def answer(speaker: Speaker, inputs: dict[str, Any], options: Any) -> Iterator[s
 
 def room(speaker: Speaker, inputs: dict[str, Any], options: Any) -> int:
     """How many tokens an answer may have."""
-    if speaker.apart:
-        return min(options.max_new_tokens, speaker.longest)
+    if speaker.apart:  # BLIP's answer begins with a token of its own
+        return min(options.max_new_tokens, speaker.longest - (speaker.form is None))
     return min(options.max_new_tokens, speaker.longest - inputs["input_ids"].shape[1])
 
 
