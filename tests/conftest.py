@@ -64,6 +64,12 @@ def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path not in slow)
 
 
+def pytest_collection_finish():
+    """What was imported until now is no test's own."""
+    global _spent
+    _spent = sum(os.times()[:4])
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport():
     """Note the seconds of CPU, those of the processes it has waited for included, that each phase of a test took."""
