@@ -7,17 +7,17 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-# Read by jax when it is first imported, so they are set before anything here can import it.
-_DEVICES = "--xla_force_host_platform_device_count=8"
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}".strip()
+# Read by jax when it is first imported, so they are set before anything here can import it. Most of the time is
+# compilation: the emitters of fusions are slow at it, and LLVM need not optimise what runs a few times.
+for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_cpu_use_fusion_emitters", "false")):
+    if _flag not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Indexes and kernels made at first use stay out of the user's own cache; the kernel is compiled once for all runs.
 os.environ.setdefault("VLMJAX_CACHE", os.path.join(tempfile.gettempdir(), f"vlmjax-tests-{os.getuid()}"))
-# Most of the time is compilation. LLVM need not optimise programs that run a few times; benchmarks/ does not use this.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 # What was compiled once in a run of the tests is not compiled again, nor by the processes that tests start. Each
 # worker has a folder of its own: jax writes there in place, where another worker could read half a program.
 _PROGRAMS = os.environ.get("JAX_COMPILATION_CACHE_DIR")
