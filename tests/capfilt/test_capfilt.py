@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -163,17 +164,18 @@ def test_scores_are_the_models_own(folder):
     pixels = np.stack([scorer.pixels(picture(i)) for i in range(3)])
     texts = [["a red star", "two hearts"], ["ring"], ["a blue circle", "grey", "star"]]
     found = scorer(pixels, texts)
+
+    def one(module, values, ids, mask):
+        states = module.encode_image(values)
+        return module.match(states, ids, mask), (
+            module.embed_image(states) * module.embed_text(module.encode_text(ids, mask))
+        ).sum()
+
+    score = jax.jit(lambda *given: scorer.model.apply({"params": scorer.params}, *given, method=one))
     for image, own in enumerate(texts):
         for text, (match, cosine) in zip(own, found[image], strict=True):
             tokens, values = scorer.tokenizer([text]), scorer.transform.normalize(pixels[[image]])
-
-            def one(module, values=values, tokens=tokens):
-                states = module.encode_image(values)
-                texts = module.embed_text(module.encode_text(tokens["input_ids"], tokens["attention_mask"]))
-                logits = module.match(states, tokens["input_ids"], tokens["attention_mask"])
-                return logits, (module.embed_image(states) * texts).sum()
-
-            logits, want = scorer.model.apply({"params": scorer.params}, method=one)
+            logits, want = score(values, tokens["input_ids"], tokens["attention_mask"])
             odds = np.exp(np.asarray(logits[0], np.float64))
             np.testing.assert_allclose((match, cosine), (odds[1] / odds.sum(), want), atol=1e-5)
     alone = Scorer(str(folder), matching=False, batch_size=4)(pixels, texts)

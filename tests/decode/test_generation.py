@@ -28,14 +28,6 @@ NEW = 13
 EOS = (2, 7, 9)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_cheaply():
-    """Compiling is most of what these tests cost, and each program runs once."""
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def ours(name, inputs, new=NEW, seed=0, weights=0, **options):
     _, model, params = pair(name, weights)
     out = decode.generate(

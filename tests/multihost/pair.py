@@ -8,7 +8,6 @@ from pathlib import Path
 
 from training import tiny
 
-FAST = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}  # most of a tiny run is compilation
 PROGRAM = Path(__file__).with_name("fault_program.py")
 STEPS = 18  # of a whole run
 PATIENCE = 900  # seconds in which a run must get anywhere on a machine that has other things to do
@@ -35,7 +34,7 @@ class Pair:
                 child = subprocess.Popen(
                     [sys.executable, PROGRAM, f"--config={recipe}", f"--workdir={workdir}", *arguments],
                     cwd=tiny.ROOT,
-                    env=tiny.environment(devices=devices // processes) | FAST | variables | env,
+                    env=tiny.environment(devices=devices // processes) | variables | env,
                     stdout=output,
                     stderr=subprocess.STDOUT,
                 )

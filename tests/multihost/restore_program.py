@@ -2,7 +2,7 @@
 
 `restore_program write FOLDER`, or `restore_program restore FOLDER OUT [READS_BADLY [SILENT HOW]]`: the process with
 the number READS_BADLY cannot read checkpoint 2, the one with the number SILENT does not come to the vote about it,
-because it sleeps, or because it is stopped by a SIGSTOP.
+because it sleeps, or because it is stopped by a SIGSTOP. Of FOLDER,FOLDER and OUT,OUT one is restored after the other.
 """
 
 import json
@@ -80,7 +80,8 @@ if __name__ == "__main__":
             if len(who) == 2:
                 vote.SECONDS = 3.0
                 restoring.restore_newest.__kwdefaults__["seconds"] = 3.0
-            restore(folder, rest[0], make_mesh(), *who, *rest[3:])
+            for one, out in zip(folder.split(","), rest[0].split(","), strict=True):
+                restore(one, out, make_mesh(), *who, *rest[3:])
     except UserError as error:
         print(f"error: {error}", flush=True)
         os._exit(1)  # an orderly end would wait for the other

@@ -8,12 +8,11 @@ from multihost import pair
 from training import tiny
 
 pytestmark = pytest.mark.slow
-STEPS, SAVED = 10, 2
+STEPS, SAVED = 8, 2
 # Processes, devices in all, and how these lie: the state is in other pieces on each.
 MESHES = {
     "2x2": (2, 4, {"data": 2, "fsdp": 2, "tensor": 1}),
     "1x4": (1, 4, {"data": 1, "fsdp": 4, "tensor": 1}),
-    "1x1": (1, 1, {"data": 1, "fsdp": 1, "tensor": 1}),
     "4x1": (4, 4, {"data": 1, "fsdp": 2, "tensor": 2}),
 }
 
@@ -51,24 +50,22 @@ def back_at(workdir, step, copy):
 
 
 @pytest.fixture(scope="module")
-def whole(programs, recipe, tmp_path_factory):
+def whole(recipe, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole") / "run"
     return folder, train(recipe, folder, "2x2")
 
 
-def test_on_the_same_mesh_bit_for_bit(recipe, whole, tmp_path):
-    folder, expected = whole
-    np.testing.assert_array_equal(train(recipe, back_at(folder, SAVED, tmp_path / "run"), "2x2"), expected)
-
-
 def test_a_run_that_moves_on_with_each_checkpoint_and_comes_back(recipe, whole, tmp_path):
-    """Sums over devices have another order on each mesh, which is a rounding error of float32 here and no more."""
+    """Sums over devices have another order on each mesh, which is a rounding error of float32 here and no more.
+
+    That a run goes on bit for bit on its own mesh is shown by test_stopping.py and test_faults.py, and on one device
+    after several by test_training.py.
+    """
     folder, expected = whole
     before = expected
-    for i, mesh in enumerate(["1x4", "1x1", "4x1", "2x2"], start=1):
+    for i, mesh in enumerate(["1x4", "4x1", "2x2"], start=1):
         folder = back_at(folder, i * SAVED, tmp_path / mesh)
         losses = train(recipe, folder, mesh)
-        print(mesh, np.abs(losses / expected - 1).max())
         np.testing.assert_array_equal(
             losses[: i * SAVED], before[: i * SAVED]
         )  # the log is continued as well

@@ -64,16 +64,16 @@ def test_who_is_silent_is_named(written, tmp_path, how):
 def test_no_damage_to_any_file_gives_wrong_weights_or_hangs(written, tmp_path):
     """Each file once; the way of damage rotates, so that all of them occur."""
     ways, names = damage.ways(2), [path.relative_to(written / "2") for path in damage.files(written / "2")]
-    back = 0
-    for i, name in enumerate(names):
-        folder, out = tmp_path / f"c{i}", tmp_path / f"out{i}"
+    folders, outs = ([tmp_path / f"{what}{i}" for i in range(len(names))] for what in ("c", "out"))
+    for i, (name, folder) in enumerate(zip(names, folders, strict=True)):
         shutil.copytree(written, folder)
         ways[i % len(ways)](folder / "2" / name)
-        output = run("restore", folder, out)
-        fell = restored(folder, out) == 1
-        assert fell == ("kept as 2.damaged" in output), (name, output)
-        back += fell
-    assert back >= len(names) // 3
+    output = run("restore", ",".join(map(str, folders)), ",".join(map(str, outs)))
+    fell = [restored(folder, out) == 1 for folder, out in zip(folders, outs, strict=True)]
+    for name, folder, back in zip(names, folders, fell, strict=True):
+        said = [line for line in output.splitlines() if f"{folder}/2" in line and "kept as 2.damaged" in line]
+        assert back == bool(said) == (folder / "2.damaged").exists(), (name, output)
+    assert sum(fell) >= len(names) // 3
 
 
 def test_digests_are_those_of_one_process(written, monkeypatch):

@@ -43,14 +43,7 @@ class Job:
             *(str(tiny.ROOT / "launch" / "slurm.sbatch"), *(["--dry-run"] if dry_run else [])),
             *(f"--config={recipe}", f"--workdir={self.workdir}"),
             env=tiny.environment()
-            | {
-                "VLMJAX_PYTHON": sys.executable,
-                "VLMJAX_GRACE_SECONDS": "3",
-                # One compilation for all jobs and tries.
-                "JAX_COMPILATION_CACHE_DIR": str(cluster.folder / "compiled"),
-                "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-                **variables,
-            },
+            | {"VLMJAX_PYTHON": sys.executable, "VLMJAX_GRACE_SECONDS": "3", **variables},
         )
 
     def output(self):

@@ -37,7 +37,7 @@ def test_ctrl_c_is_passed_on(uninterrupted, tmp_path):
         assert pair.codes() == [42, 42], pair.output()
 
 
-def test_an_evaluation_due_where_a_run_is_stopped_is_made_at_the_next_start(programs, tmp_path):
+def test_an_evaluation_due_where_a_run_is_stopped_is_made_at_the_next_start(tmp_path):
     """And not before the state is saved: there may be no time. The log is that of the undisturbed run."""
     recipe = tiny.write_recipe(tmp_path, total__steps=8, data__threads=1, eval_every__steps=4)
     recipe.write_text(

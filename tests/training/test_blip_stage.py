@@ -1,6 +1,7 @@
 """BLIP's pretraining step: each loss against one written down, the ramp, the average, and any number of devices."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +100,17 @@ def followed():
         return run()
 
 
+@functools.partial(jax.jit, static_argnums=1)
 def apply(params, method, *arguments):
     return MODEL.apply({"params": params}, *arguments, method=method)
+
+
+def read(model, states, ids, mask):
+    return model.text_model.encode(ids, mask, states)
+
+
+def written(model, states, ids):
+    return model.logits(model.text_model.decode(model.text_model.embed(ids), None, states)[0])
 
 
 def seen(params, values, stage):
@@ -120,10 +130,7 @@ def matching(params, values, states, image_of, text_of, rows=None):
         for image, text, label in ((row, row, 1), *others):
             ids, mask = values["input_ids"][[text]].copy(), values["attention_mask"][[text]]
             ids[0, 0] = ENC
-            hidden = MODEL.apply(
-                {"params": params},
-                method=lambda m, i=image, x=ids, k=mask: m.text_model.encode(x, k, states[i : i + 1]),
-            )
+            hidden = apply(params, read, states[image : image + 1], ids, mask)
             logits = np.asarray(hidden[0, 0] @ params["itm_head"]["kernel"] + params["itm_head"]["bias"])
             losses.append(np.log(np.exp(logits).sum()) - logits[label])
             right.append(logits.argmax() == label)
@@ -168,12 +175,7 @@ def test_the_losses_are_those_written_down(followed):
         count = int(values["attention_mask"][row].sum())
         ids = values["input_ids"][[row], :count].copy()
         ids[0, 0] = DEC
-        hidden = MODEL.apply(
-            {"params": params},
-            method=lambda m, x=ids, r=row: m.logits(
-                m.text_model.decode(m.text_model.embed(x), None, states_[r : r + 1])[0]
-            ),
-        )
+        hidden = apply(params, written, states_[row : row + 1], ids)
         logp = np.asarray(jax.nn.log_softmax(hidden[0]))
         words += [-(0.9 * logp[at, ids[0, at + 1]] + 0.1 * logp[at].mean()) for at in range(count - 1)]
     np.testing.assert_allclose(told[1]["lm_loss"], np.mean(words), rtol=1e-5)

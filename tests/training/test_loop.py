@@ -1,7 +1,6 @@
 """Whole runs: what they leave, how they stop, and that a run that was killed ends as if it never had been."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -16,8 +15,9 @@ pytestmark = pytest.mark.slow
 
 # The train command, with every batch it takes noted: step and keys, one json object per line.
 NOTING = """
-import json, os, sys
+import atexit, json, os, sys
 from vlmjax.data import pipeline
+atexit.register(lambda: print("torch imported:", "torch" in sys.modules))
 taken, notes = pipeline.TrainData.__next__, open(os.environ["NOTES"], "a")
 def noting(self):
     batch = taken(self)
@@ -28,15 +28,6 @@ from absl import app
 from vlmjax import main
 app.run(main.main, flags_parser=main.parse)
 """
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory):
-    """The runs of this file share their compiled programs."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path_factory.mktemp("programs")))
-        patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-        yield
 
 
 def shard(path, count, damaged=()):
@@ -139,6 +130,7 @@ def test_what_a_run_leaves(uninterrupted):
     assert list((folder / "run" / "tensorboard").iterdir())
     assert json.loads((folder / "run" / "recipe.json").read_text())["ema"] == {"decay": 0.9}
     assert "placement" in out and "step 14/14" in out
+    assert "torch imported: False" in out  # nor by what writes for TensorBoard
     assert err == "", err
 
 
@@ -295,10 +287,6 @@ def test_starting_from_an_exported_model(uninterrupted, tmp_path):
     assert json.loads((tmp_path / "larger" / "model.json").read_text())["image"]["image_size"] == 24
     _, err = run(recipe, tmp_path / "bad", *begin, "--config.model.image.image_size=20", code=78)
     assert "config.model.image.image_size=20 is not a multiple" in err
-
-
-def test_environment_is_that_of_the_test():
-    assert os.environ["JAX_COMPILATION_CACHE_DIR"]
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 42)])

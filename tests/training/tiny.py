@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,7 +62,8 @@ def write_recipe(folder: Path, **changes) -> Path:
 def environment(devices: int = 1) -> dict[str, str]:
     """Environment of a process with so many simulated devices and nothing of the test's own launcher."""
     env = {name: value for name, value in os.environ.items() if not name.startswith("VLMJAX_")}
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    given = re.sub(r"--xla_force_host_platform_device_count=\d+", "", os.environ.get("XLA_FLAGS", ""))
+    flags = f"{given} --xla_force_host_platform_device_count={devices}".strip()
     return env | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": _PLACES}
 
 

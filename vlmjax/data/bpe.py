@@ -31,7 +31,7 @@ def train_bpe(
     """
     if vocab_size < 514:
         raise ValueError(f"vocab_size {vocab_size} is below 514: 2 x 256 bytes and 2 special tokens")
-    merges = _learn(captions, vocab_size - 514)
+    merges = _learn(captions, vocab_size - 514) if vocab_size > 514 else []
     symbols = _byte_symbols()
     entries = (
         symbols + [symbol + _WORD_END for symbol in symbols] + ["".join(pair) for pair in merges] + [BOS, EOS]

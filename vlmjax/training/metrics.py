@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -9,7 +10,6 @@ from typing import Any
 import jax
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import SummaryWriter
 
 from vlmjax.training.workdir import Workdir, jsonable
 
@@ -107,6 +107,19 @@ class Trace:
             self._on = False
 
 
+def _open_board(folder: Any, step: int) -> Any:
+    """TensorBoard's events, those from `step` on dropped. The package imports torch if it can, seconds for nothing."""
+    hidden = "torch" not in sys.modules
+    if hidden:
+        sys.modules["torch"] = None
+    try:
+        from tensorboardX import SummaryWriter
+    finally:
+        if hidden:
+            del sys.modules["torch"]
+    return SummaryWriter(str(folder), purge_step=step)
+
+
 class MetricsLog:
     """Lines of metrics.jsonl and the same numbers in TensorBoard. Only the first process writes."""
 
@@ -117,11 +130,7 @@ class MetricsLog:
         lines = _lines_up_to(path, start_step) if path.exists() else []
         path.write_text("".join(lines))
         self._file = path.open("a")
-        self._board = (
-            SummaryWriter(str(workdir.path("tensorboard")), purge_step=start_step + 1)
-            if workdir.writer
-            else None
-        )
+        self._board = _open_board(workdir.path("tensorboard"), start_step + 1) if workdir.writer else None
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
         """Add one line; `step` counts the updates done."""
