@@ -95,16 +95,19 @@ def augmentation(**settings) -> Config:
 def _evaluation_schema() -> Config:
     return Config(
         {
-            # zeroshot | retrieval, of dual encoders | vqa, of models that write | matching | caption | statements,
-            # of BLIP
+            # zeroshot | retrieval, of dual encoders | probe, of image towers | vqa, of models that write | matching |
+            # caption | statements, of BLIP
             "benchmark": "",
             "data": "",  # a source as in data.train; empty: this entry is off
             "exclude": "",  # regex on record keys (re.search) to leave out
             "keep": "",  # regex on record keys (re.search) that are kept; empty keeps all
             "examples": 0,  # use the first this many records; 0 = all
-            "classes": "",  # zeroshot: file of class names; empty: the distinct captions
+            "classes": "",  # zeroshot, probe: file of class names; empty: the distinct captions
             "templates": "",  # zeroshot: name of a built-in prompt set or a file, one template per line
             "canonical": False,  # lower-case texts without punctuation, as SigLIP expects
+            "train": "",  # probe: the source that is fitted
+            "train_examples": 0,  # probe: its first this many records; 0 = all
+            "l2": 0.0,  # probe: strength, 1 / C of scikit-learn; 0 = the best on a fifth of the training records
             "batch_size": 0,  # global; 0 = the training batch, at most 256
             "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
             "max_new_tokens": 16,  # vqa, caption: of what is written

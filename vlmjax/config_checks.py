@@ -14,6 +14,7 @@ METRICS = {
     "zeroshot": ("top1", "top5"),
     "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
     "vqa": ("exact_match",),
+    "probe": ("top1", "top5", "mean_per_class"),
     "matching": ("accuracy", "own", "other"),
     "statements": ("right",),
     "caption": ("exact", "bleu4", "rouge_l", "cider"),
@@ -21,9 +22,9 @@ METRICS = {
 EACH = "each"  # of data.captions: every caption is an example
 BLIP_STAGES = ("blip", "blip_vqa", "blip_nlvr")  # pretraining, and what has a model of its own
 BENCHMARKS_OF = {  # by stage
-    "contrastive": ("zeroshot", "retrieval"),
+    "contrastive": ("zeroshot", "retrieval", "probe"),
     "generative": ("vqa",),
-    "blip": ("zeroshot", "retrieval", "matching", "caption"),
+    "blip": ("zeroshot", "retrieval", "probe", "matching", "caption"),
     "blip_vqa": ("vqa",),
     "blip_nlvr": ("statements",),
 }
@@ -297,12 +298,19 @@ def _check_evals(c: Any) -> None:
             raise RecipeError(
                 f"config.evals.{name}.answers={entry.answers!r} is for stage 'blip_vqa'; leave it out"
             )
+        if bool(entry.train) != (entry.benchmark == "probe"):
+            what = (
+                "needs the records to fit" if entry.benchmark == "probe" else "is for 'probe'; leave it out"
+            )
+            raise RecipeError(f"config.evals.{name}.train={entry.train!r} {what}")
         for key, least in (
             ("examples", 0),
             ("batch_size", 0),
             ("max_new_tokens", 1),
             ("top", 0),
             ("rerank", 0),
+            ("train_examples", 0),
+            ("l2", 0),
         ):
             _at_least(entry[key], least, f"config.evals.{name}.{key}")
     best = c.checkpoint.best_metric

@@ -11,8 +11,9 @@ from vlmjax.evals.answers import AnswerEvaluator
 from vlmjax.evals.asked import BlipAnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark
 from vlmjax.evals.captioning import CaptionEvaluator
-from vlmjax.evals.embed import Embedder
+from vlmjax.evals.embed import Embedder, tower_state
 from vlmjax.evals.pairs import MatchingEvaluator
+from vlmjax.evals.probe import ProbeEvaluator
 from vlmjax.evals.rerank import Matcher
 from vlmjax.evals.runner import Evaluator
 from vlmjax.evals.statements import StatementEvaluator
@@ -31,6 +32,8 @@ NEEDS = {
     "caption": ([("decode_text",)], "a model that writes captions (BLIP)"),
     "statements": ([("judge",)], "a model that judges statements about two images (BLIP)"),
 }
+# Benchmarks of images alone.
+WITHOUT_TEXT = ("probe",)
 
 
 def missing(model: Any, benchmark: str) -> tuple[str, str]:
@@ -71,6 +74,10 @@ class Evaluators:
         return Matcher(**self._parts)
 
     @functools.cached_property
+    def _states(self) -> Embedder:
+        return Embedder(**self._parts, image_features=tower_state)
+
+    @functools.cached_property
     def _writer(self) -> Writer:
         return Writer(*(self._parts[name] for name in ("model", "transform", "mesh")))
 
@@ -85,6 +92,8 @@ class Evaluators:
             case "vqa":
                 said = {"form": self._form, "images_per_row": self._images_per_row, "writer": self._writer}
                 return AnswerEvaluator(benchmark, **parts, **said)
+            case "probe":
+                return ProbeEvaluator(benchmark, **parts, embedder=self._states)
             case "matching":
                 return MatchingEvaluator(benchmark, **parts)
             case "caption":

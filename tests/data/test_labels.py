@@ -2,8 +2,8 @@
 
 import pytest
 
+from vlmjax.data.labels import ClassFinder, ClassName, label_of, read_classes
 from vlmjax.errors import DataError
-from vlmjax.evals.labels import ClassFinder, ClassName, label_of, read_classes
 from vlmjax.evals.templates import TEMPLATES, fill, load_templates
 
 
@@ -98,6 +98,8 @@ def test_numbers_in_the_classes_file_are_labels_not_lines():
     classes = [ClassName("2", "cat"), ClassName("1", "dog")]
     assert ClassFinder(classes).find("k", "1", []) == 1
     assert ClassFinder(classes).find("k", None, ["2 dogs and 1 cat"]) == 0
+    with pytest.raises(DataError, match="name none of the 2 classes"):
+        ClassFinder(classes).find("k", "0", [])
 
 
 def test_two_classes_of_one_name_need_labels():
