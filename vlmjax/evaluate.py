@@ -34,7 +34,7 @@ _string(
 _string(
     "classes",
     "",
-    "zeroshot, probe: file of classes, 'name' or 'label<TAB>name' per line. Default: distinct captions.",
+    "zeroshot, probe, classify: file of classes, 'name' or 'label<TAB>name' per line. Default: distinct captions.",
 )
 _string(
     "templates", "", "zeroshot: plain, photo, drawing, a file with one template per line, or one template."

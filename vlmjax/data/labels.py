@@ -100,8 +100,13 @@ class Classes:
     def of(self, record: Record) -> int:
         """Index of the class of a record. Raises BadRecord where it is of none of them, or of several."""
         if self._finder is not None:
+            label = label_of(record.extra)
+            if label not in self.labels and len(record.captions) == 1 and record.captions[0] in self._index:
+                return self._index[
+                    record.captions[0]
+                ]  # a number would stand for a line, perhaps of another file
             try:
-                return self._finder.find(record.key, label_of(record.extra), record.captions)
+                return self._finder.find(record.key, label, record.captions)
             except DataError as error:
                 raise BadRecord("no_class", record.key, str(error)) from None
         name = own_name(record)

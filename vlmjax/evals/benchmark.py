@@ -17,12 +17,13 @@ class Benchmark:
 
     Attributes:
         name: under which results are reported.
-        benchmark: `zeroshot`, `retrieval`, `probe`, `vqa` (see `answers`, `asked`), `matching` (`pairs`),
+        benchmark: `zeroshot`, `retrieval`, `probe`, `classify`, `vqa` (see `answers`, `asked`), `matching` (`pairs`),
             `caption` (`captioning`) or `statements`.
         data: a source (shards, folder file, `scenes:heldout`, ...).
         keep, exclude: regular expressions searched in record keys; empty: all records, none.
         examples: use the first this many records; 0 = all.
-        classes: zero-shot, probe: file of classes (see `data.labels.read_classes`); empty: the distinct captions.
+        classes: zero-shot, probe, classify: file of classes (see `data.labels.read_classes`); empty: the distinct
+            captions, or those the classifier was trained with.
         templates: zero-shot: a set, file or template (see `templates.load_templates`); empty: `photo` with a
             classes file, else `plain`.
         batch_size: global; 0 = 256, for vqa 64.

@@ -20,6 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 CHARTS = (
     ("Loss", ("loss",), False),
     ("Accuracy within the batch", ("image_to_text_accuracy", "text_to_image_accuracy"), True),
+    ("Accuracy on the batch", ("accuracy",), True),
     ("Token accuracy", ("token_accuracy",), True),
     ("Learning rate", ("learning_rate",), False),
     ("Gradient norm", ("grad_norm",), False),
@@ -34,6 +35,7 @@ HEADLINES = {
     "zeroshot": "top1",
     "retrieval": "text_to_image_r1",
     "probe": "top1",
+    "classify": "top1",
     "vqa": "exact_match",
     "matching": "accuracy",
     "statements": "right",
