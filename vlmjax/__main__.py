@@ -9,6 +9,7 @@ COMMANDS = {
     "capfilt": "better captions        filter SHARDS --out=DIR --model=FOLDER",
     "export": "write a Hugging Face folder  --workdir=runs/quickstart --out=hf",
     "checkpoint": "verify, diff, average  verify runs/quickstart",
+    "wiseft": "average with zero-shot  --workdir=runs/finetune --alphas=0,0.5,1",
     "data.stats": "what a source holds    scenes:heldout --limit=200",
     "data.inspect": "a step's rows, a page  --config=configs/quickstart.py --out=step.html",
     "data.scenes": "draw the scenes        --sheet=scenes.png",

@@ -30,7 +30,7 @@ TOWER_SHARDING = (
     (r".*", ()),
 )
 
-# BLIP's towers likewise; its heads are small, and copied.
+# BLIP's towers and a classifier's likewise; their heads are small, and copied.
 BLIP_SHARDING = (*TOWER_SHARDING[:-2], (r".*", ()))
 
 # The same for language models. A head is laid out as the embedding; both are cut along the vocabulary as well. Biases,
@@ -95,16 +95,19 @@ def augmentation(**settings) -> Config:
 def _evaluation_schema() -> Config:
     return Config(
         {
-            # zeroshot | retrieval, of dual encoders | vqa, of models that write | matching | caption | statements,
-            # of BLIP
+            # zeroshot | retrieval, of dual encoders | probe, of image towers | classify, of classifiers | vqa, of
+            # models that write | matching | caption | statements, of BLIP
             "benchmark": "",
             "data": "",  # a source as in data.train; empty: this entry is off
             "exclude": "",  # regex on record keys (re.search) to leave out
             "keep": "",  # regex on record keys (re.search) that are kept; empty keeps all
             "examples": 0,  # use the first this many records; 0 = all
-            "classes": "",  # zeroshot: file of class names; empty: the distinct captions
+            "classes": "",  # zeroshot, probe, classify: file of class names; empty: the distinct captions
             "templates": "",  # zeroshot: name of a built-in prompt set or a file, one template per line
             "canonical": False,  # lower-case texts without punctuation, as SigLIP expects
+            "train": "",  # probe: the source that is fitted
+            "train_examples": 0,  # probe: its first this many records; 0 = all
+            "l2": 0.0,  # probe: strength, 1 / C of scikit-learn; 0 = the best on a fifth of the training records
             "batch_size": 0,  # global; 0 = the training batch, at most 256
             "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
             "max_new_tokens": 16,  # vqa, caption: of what is written
@@ -179,7 +182,13 @@ def recipe() -> Config:
     c.model.text_from = (
         ""  # HF folder or id of a BertModel, whose tokenizer is used; the sizes stay those above
     )
-    c.model.drop_path = 0.0  # chance that a sub-layer of the image tower's last block is left out
+    # Stage "classification" alone: what the head reads (class | mean | projected: see models/classifier.py), and the
+    # prompts whose embeddings by CLIP's text tower it begins as (a set, a file, or one with "{}"; empty: at random).
+    c.model.pool = "class"
+    c.model.head_from = ""
+    c.model.drop_path = (
+        0.0  # classification too: chance that a sub-layer of the image tower's last block is left out
+    )
     # What follows is for stage "generative": a tower, a bridge and a language model (models/vlm.py).
     c.model.image_from = (
         ""  # HF folder or id whose image tower is taken, in place of model.image but its image_size
@@ -263,6 +272,8 @@ def recipe() -> Config:
     c.data.image_column = ""  # of tables, where it has an unusual name
     c.data.caption_columns = ()  # likewise; several are several captions
     c.data.exclude = ""  # regex on record keys (re.search) to leave out
+    # Classification: a file, 'name' or 'label<TAB>name' a line; empty: the records' own captions or labels.
+    c.data.classes = ""
     # Which of several: random | first | all | weights:3,1 | each: every caption is an example of its own
     c.data.captions = "random"
     c.data.templates = ()  # sentences around the caption, one drawn each time: "a photo of {caption}"
@@ -309,6 +320,9 @@ def recipe() -> Config:
     c.optimizer.schedule = "cosine"  # cosine | linear | rsqrt | constant
     c.optimizer.warmup = duration()  # linear, from 0
     c.optimizer.cooldown = duration()  # linear, to 0 (rsqrt and constant)
+    c.optimizer.layer_decay = (
+        1.0  # classification: the rate of each block of the tower, by that of the one above it
+    )
     c.optimizer.learning_rate_multipliers = ()  # ((regex, factor), ...), first match wins, others 1
     c.optimizer.weight_decay_multipliers = ((NO_DECAY, 0.0),)
 

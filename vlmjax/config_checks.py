@@ -14,6 +14,8 @@ METRICS = {
     "zeroshot": ("top1", "top5"),
     "retrieval": tuple(f"{side}_r{k}" for side in ("text_to_image", "image_to_text") for k in (1, 5, 10)),
     "vqa": ("exact_match",),
+    "probe": ("top1", "top5", "mean_per_class"),
+    "classify": ("top1", "top5", "mean_per_class"),
     "matching": ("accuracy", "own", "other"),
     "statements": ("right",),
     "caption": ("exact", "bleu4", "rouge_l", "cider"),
@@ -21,9 +23,10 @@ METRICS = {
 EACH = "each"  # of data.captions: every caption is an example
 BLIP_STAGES = ("blip", "blip_vqa", "blip_nlvr")  # pretraining, and what has a model of its own
 BENCHMARKS_OF = {  # by stage
-    "contrastive": ("zeroshot", "retrieval"),
+    "contrastive": ("zeroshot", "retrieval", "probe"),
     "generative": ("vqa",),
-    "blip": ("zeroshot", "retrieval", "matching", "caption"),
+    "classification": ("classify", "probe"),
+    "blip": ("zeroshot", "retrieval", "probe", "matching", "caption"),
     "blip_vqa": ("vqa",),
     "blip_nlvr": ("statements",),
 }
@@ -57,6 +60,7 @@ def check_values(c: Any) -> None:
     if c.stage in BLIP_STAGES[1:]:
         _check_fine_tuning(c)
     _check_lora(c)
+    _check_classification(c)
     _one_of(c.optimizer.name, "config.optimizer.name", ("adamw", "muon", "lion", "adafactor"))
     _one_of(c.optimizer.schedule, "config.optimizer.schedule", ("cosine", "linear", "rsqrt", "constant"))
     for name in ("batch_size", "micro_batches", "log_every", "nonfinite_limit"):
@@ -172,6 +176,31 @@ def _check_lora(c: Any) -> None:
         )
 
 
+def _check_classification(c: Any) -> None:
+    """What only a classifier has, and what its head needs."""
+    _one_of(c.model.pool, "config.model.pool", ("class", "mean", "projected"))
+    if not 0 < c.optimizer.layer_decay <= 1:
+        raise RecipeError(
+            f"config.optimizer.layer_decay={c.optimizer.layer_decay}: expected a number from 0 to 1"
+        )
+    if c.stage != "classification":
+        for key, value, without in (
+            ("model.pool", c.model.pool, "class"),
+            ("model.head_from", c.model.head_from, ""),
+            ("data.classes", c.data.classes, ""),
+            ("optimizer.layer_decay", c.optimizer.layer_decay, 1.0),
+        ):
+            if value != without:
+                raise RecipeError(
+                    f"config.{key}={value!r} is for stage='classification'; leave it {without!r}"
+                )
+    if c.model.head_from and not (c.init_from and c.model.pool == "projected"):
+        raise RecipeError(
+            f"config.model.head_from={c.model.head_from!r}: a head of prompts reads images where CLIP compares them "
+            "with texts; set config.model.pool='projected' and config.init_from to a CLIPModel"
+        )
+
+
 def _check_mesh(c: Any) -> None:
     """What can be known without devices: sizes, and that the batch divides by those that are given."""
     for axis, size in c.mesh.items():
@@ -196,7 +225,7 @@ def _check_data(c: Any) -> None:
         raise RecipeError(
             "config.data.train is empty: give shards, e.g. --config.data.train='/data/cc12m-{00000..01242}.tar'"
         )
-    if not (c.data.tokenizer or c.init_from or c.model.language_from):
+    if not (c.data.tokenizer or c.init_from or c.model.language_from or c.stage == "classification"):
         raise RecipeError("config.data.tokenizer is empty: give a tokenizer folder or hub id, or 'bpe:1024'")
     for name in ("background", "mean", "std"):
         value = c.data[name]
@@ -297,12 +326,19 @@ def _check_evals(c: Any) -> None:
             raise RecipeError(
                 f"config.evals.{name}.answers={entry.answers!r} is for stage 'blip_vqa'; leave it out"
             )
+        if bool(entry.train) != (entry.benchmark == "probe"):
+            what = (
+                "needs the records to fit" if entry.benchmark == "probe" else "is for 'probe'; leave it out"
+            )
+            raise RecipeError(f"config.evals.{name}.train={entry.train!r} {what}")
         for key, least in (
             ("examples", 0),
             ("batch_size", 0),
             ("max_new_tokens", 1),
             ("top", 0),
             ("rerank", 0),
+            ("train_examples", 0),
+            ("l2", 0),
         ):
             _at_least(entry[key], least, f"config.evals.{name}.{key}")
     best = c.checkpoint.best_metric

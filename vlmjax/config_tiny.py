@@ -36,8 +36,26 @@ def tiny(c: Config) -> Config:
     )
     c.checkpoint.best_metric = ""
     forms = {"generative": _tiny_generative, "blip": lambda c: _tiny_blip(c, given)}
-    forms |= {"blip_vqa": _tiny_blip_vqa, "blip_nlvr": _tiny_blip_nlvr}
+    forms |= {
+        "blip_vqa": _tiny_blip_vqa,
+        "blip_nlvr": _tiny_blip_nlvr,
+        "classification": _tiny_classification,
+    }
     return forms.get(c.stage, lambda c: c)(c)
+
+
+def _tiny_classification(c: Config) -> Config:
+    """The shape of one thing; the head begins at random, for there is no text tower to make it of."""
+    c.data.classes = c.model.head_from = ""
+    c.data.train = "scenes:train:single:shape"
+    c.frozen = tuple(pattern for pattern in c.frozen if not pattern.startswith("vision"))
+    c.evals = Config(
+        {
+            "val": evaluation("classify", "scenes:val:single:shape", examples=256),
+            "new_colours": evaluation("classify", "scenes:heldout:single:shape", examples=256),
+        }
+    )
+    return c
 
 
 def _tiny_blip(c: Config, given: Config) -> Config:

@@ -34,7 +34,7 @@ _string(
 _string(
     "classes",
     "",
-    "zeroshot: file of classes, 'name' or 'label<TAB>name' per line. Default: distinct captions.",
+    "zeroshot, probe, classify: file of classes, 'name' or 'label<TAB>name' per line. Default: distinct captions.",
 )
 _string(
     "templates", "", "zeroshot: plain, photo, drawing, a file with one template per line, or one template."
@@ -51,6 +51,15 @@ _string(
     "auto",
     "vqa: words around a turn: v1, chatml, ...; tokenizer: its own. auto: those of the model's training, where its "
     "folder says them, else the tokenizer's own.",
+)
+_string("train", "", "probe: the records to fit, given like --data.")
+flags.DEFINE_integer("train_examples", 0, "probe: the first so many of them; 0 = all.", 0, flag_values=FLAGS)
+flags.DEFINE_float(
+    "l2",
+    0.0,
+    "probe: strength of the regularisation, 1 / C of scikit-learn; 0 = the best on a fifth of --train.",
+    0.0,
+    flag_values=FLAGS,
 )
 _string("out", "", "Also write the results to this json file.")
 _string("report", "", "Also write a report.html with what was found into this folder.")
@@ -156,11 +165,12 @@ def load_model(path: str, mesh: Any, benchmark: str = "zeroshot") -> tuple[Any, 
     from vlmjax.sharding.mesh import replicated
 
     model, params, tokenizer, transform = read_model(path)
-    if tokenizer is None or transform is None:
-        lacks = "tokenizer" if tokenizer is None else "preprocessor_config.json"
-        raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
-    from vlmjax.evals.choose import missing
+    from vlmjax.evals.choose import WITHOUT_TEXT, missing
 
+    silent = tokenizer is None and benchmark not in WITHOUT_TEXT
+    if silent or transform is None:
+        lacks = "tokenizer" if silent else "preprocessor_config.json"
+        raise DataError(f"--model={path}: has no {lacks}; save the model with its processor")
     method, needs = missing(model, benchmark)
     if method:
         raise DataError(
@@ -199,6 +209,9 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "rerank",
         "answers",
         "top",
+        "train",
+        "train_examples",
+        "l2",
     )
     benchmark = Benchmark(name=options.benchmark, **{name: options[name].value for name in fields})
     mesh = make_mesh()
@@ -256,6 +269,11 @@ def parse(arguments: Sequence[str]) -> None:
         _stop(error)
     if FLAGS.benchmark != "vqa" and FLAGS.blind:
         _stop(UserError(f"--blind is for --benchmark=vqa; with {FLAGS.benchmark} leave it out"))
+    if bool(FLAGS.train) != (FLAGS.benchmark == "probe"):
+        what = (
+            "give the records to fit, --train=SHARDS" if FLAGS.benchmark == "probe" else "leave --train out"
+        )
+        _stop(UserError(f"--train={FLAGS.train} with --benchmark={FLAGS.benchmark}: {what}"))
 
 
 def _stop(error: UserError) -> None:

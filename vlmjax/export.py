@@ -32,7 +32,8 @@ def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, An
     Low-rank adapters are merged into the kernels beside which they were trained.
 
     Returns:
-      (model, params, tokenizer, eval transform), as `vlmjax.hub.load` and `load_processor` give them for an HF folder.
+      (model, params, tokenizer, eval transform), as `vlmjax.hub.load` and `load_processor` give them for an HF folder;
+      a classifier has no tokenizer.
 
     Raises:
       CheckpointError: where the folder is not a run, or has no checkpoint yet.
@@ -43,7 +44,8 @@ def load_workdir(workdir: str, *, step: int | None = None) -> tuple[Any, Any, An
     from vlmjax.training.state import merge
 
     folder, recipe, model, state = _read(workdir, step)
-    tokenizer = text.load(str(folder.path("tokenizer")), model.config.text.max_length)
+    words = getattr(model.config, "text", None)  # which a classifier has not
+    tokenizer = words and text.load(str(folder.path("tokenizer")), words.max_length)
     params = merge(state["ema"] or state["params"], state["frozen"])
     params = merged(params, recipe.lora.alpha) if "lora" in params else params
     return model, params, tokenizer, build.eval_transform(recipe, model.config.image.image_shape)

@@ -13,7 +13,7 @@ from rich.console import Console
 from vlmjax.data.images import EvalTransform
 from vlmjax.data.record import Record
 from vlmjax.errors import BadRecord, DataError, NonFiniteError
-from vlmjax.evals import embed, retrieval, runner
+from vlmjax.evals import embed, pictures, retrieval, runner
 from vlmjax.evals.benchmark import Benchmark, benchmark_of, select
 from vlmjax.evals.table import print_results
 from vlmjax.sharding.mesh import make_mesh
@@ -125,7 +125,7 @@ def test_retrieval_equals_one_record_at_a_time(model, shape, batch_size):
 def test_features_stand_in_source_order_without_padding_or_bad_records(model):
     source = Pictures([[str(i)] for i in range(19)], bad=[0, 9])
     ready = evaluator(model, source, batch_size=8)
-    got = ready.embedder.images(model[1], ready._batches(), 8)
+    got = ready.embedder.images(model[1], ready.pictures.batches(), 8)
     used = [i for i in range(19) if i not in (0, 9)]
     images, _ = features(model, source, used, ["x"])
     np.testing.assert_allclose(got.features, images, atol=1e-6)
@@ -139,7 +139,7 @@ def test_features_stand_in_source_order_without_padding_or_bad_records(model):
 def test_texts_are_padded_and_cut_back(model):
     ready = evaluator(model, Pictures([["a"], ["b"]]))
     texts = [f"text {i}" for i in range(11)]
-    _, want = features(model, ready.source, [0], texts)
+    _, want = features(model, ready.pictures.source, [0], texts)
     for batch_size in (1, 8, 1000):
         np.testing.assert_allclose(ready.embedder.texts(model[1], texts, batch_size), want, atol=1e-6)
 
@@ -194,7 +194,7 @@ def test_pictures_are_read_once_and_the_towers_compiled_once(model):
 
 
 def test_a_large_source_is_not_kept_in_memory(model, monkeypatch):
-    monkeypatch.setattr(runner, "CACHE_BYTES", 1000)
+    monkeypatch.setattr(pictures, "CACHE_BYTES", 1000)
     source = Pictures([[f"{i}"] for i in range(20)])
     ready = evaluator(model, source, batch_size=8)
     first = ready.run(model[1], details=False)

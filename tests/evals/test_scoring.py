@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from vlmjax.data import canonical
 from vlmjax.errors import NonFiniteError
 from vlmjax.evals import ranks, retrieval, zeroshot
 
@@ -23,7 +24,7 @@ def golden(shared_path):
 @pytest.mark.parametrize("kind", ["canonicalize_template", "canonicalize_class", "canonicalize_plain"])
 def test_recorded_canonical_forms(golden, kind):
     for case in golden("zeroshot", kind):
-        assert getattr(zeroshot, kind)(**case["input"]) == case["expected"], case["id"]
+        assert getattr(canonical, kind)(**case["input"]) == case["expected"], case["id"]
 
 
 def test_recorded_classifications(golden):

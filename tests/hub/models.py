@@ -12,6 +12,7 @@ from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import BlipCaptioner, BlipRetriever
 from vlmjax.models.blip_config import BlipConfig
 from vlmjax.models.blip_tasks import BlipVqa
+from vlmjax.models.classifier import Classifier, ClassifierConfig
 from vlmjax.models.clip import Clip, ClipConfig, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder, DecoderConfig
 from vlmjax.models.text import TextConfig
@@ -55,6 +56,8 @@ MODELS = {
     "BertModel": Bert(BERT),
     "VisionTextDualEncoderModel": Clip(ClipConfig(IMAGE, BERT, 10)),
     "ViTModel": ClipVision(VIT),
+    "CLIPForImageClassification": Classifier(ClassifierConfig(IMAGE, ("a", "b", "c"), pool="mean")),
+    "ViTForImageClassification": Classifier(ClassifierConfig(VIT, ("a", "b", "c"), ("1", "2", "3"))),
     "BlipForConditionalGeneration": BlipCaptioner(BLIP),
     "BlipForImageTextRetrieval": BlipRetriever(BLIP),
     "BlipForQuestionAnswering": BlipVqa(

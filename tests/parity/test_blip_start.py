@@ -30,9 +30,9 @@ VIT = {
 
 @pytest.mark.parametrize("cls", [transformers.ViTModel, transformers.ViTForImageClassification])
 def test_the_image_tower(cls, tmp_path):
-    """A classifier's folder, as DeiT's is, has a prefix and a head that stays behind."""
+    """A classifier's folder has a prefix and a head that stays behind."""
     reference = tiny.redraw(cls(transformers.ViTConfig(**VIT)))
-    model, params = hub.load(tiny.folder_of(reference, tmp_path / "theirs"))
+    model, params = hub.load(tiny.folder_of(reference, tmp_path / "theirs"), part="image")
     inputs = {"pixel_values": tiny_blip.images(2)}
     tower = getattr(reference, "vit", reference)
     with torch.no_grad():

@@ -52,7 +52,13 @@ class RowExamples:
     NOTHING: Any = ""  # what is said in a row that holds nothing
 
     def __init__(
-        self, source: Source, image_transform: Any, tokenizer: Tokenizer, *, seed: int = 0, **reading: Any
+        self,
+        source: Source,
+        image_transform: Any,
+        tokenizer: Tokenizer | None,
+        *,
+        seed: int = 0,
+        **reading: Any,
     ):
         """Arguments are those of `pipeline.TrainData`; `reading` are those of `images.decode`."""
         self.source, self._generators = source, plan.Generators(seed)

@@ -81,6 +81,8 @@ def run(options: argparse.Namespace, keys: Sequence[str] = ()) -> int:
     )
     from vlmjax.data.sources import together
 
+    if recipe.stage == "classification":
+        raise RecipeError("rows of a labelled set are not shown: give --data without its recipe")
     sources, shares = open_train_sources(recipe)
     source, name = together(sources), tokenizer_name(recipe)
     with naming("data.tokenizer"):

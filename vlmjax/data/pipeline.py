@@ -11,9 +11,11 @@ import numpy as np
 
 from vlmjax.data import images, loader, mixture, plan
 from vlmjax.data.captions import Text
-from vlmjax.data.examples import Examples
+from vlmjax.data.examples import Examples, RowExamples
 from vlmjax.data.generative import GenerativeExamples, Rows
 from vlmjax.data.grouped import GroupedChunks
+from vlmjax.data.labelled import LabelledExamples
+from vlmjax.data.labels import Classes
 from vlmjax.data.loader import Batch, SkipCounter
 from vlmjax.data.mixture import Mixture
 from vlmjax.data.packed import PackedChunks
@@ -34,6 +36,7 @@ KINDS: dict[type, tuple[Any, tuple[str, ...]]] = {
     Rows: (GenerativeExamples, ("captions", "templates")),
     Questions: (QuestionExamples, ()),
     Statements: (StatementExamples, ()),
+    Classes: (LabelledExamples, ("cache_decoded", "cache_bytes")),
 }
 
 
@@ -72,10 +75,10 @@ class TrainData:
     A batch is a dict of arrays over this host's rows: pixel_values uint8 [b, h, w, 3], input_ids and
     attention_mask int32 [b, t], caption_id uint32 [b], valid bool [b], key object [b]. A record that cannot
     be used leaves a row of zero pixels with the empty text and valid False. With another `kind`, rows hold
-    conversations, questions or statements: see `generative.GenerativeExamples`, `questions.QuestionExamples`,
-    `statements.StatementExamples`. Where conversations are packed, a row of step s is one of the rows that
-    windows of examples were packed into, in their order, and "the example at g" counts through the windows; where they
-    are grouped by length, likewise with batches for rows, whose shapes differ.
+    conversations, questions, statements or labels: see `generative.GenerativeExamples`, `questions.QuestionExamples`,
+    `statements.StatementExamples`, `labelled.LabelledExamples`. Where conversations are packed, a row of step s is one
+    of the rows that windows of examples were packed into, in their order, and "the example at g" counts through the
+    windows; where they are grouped by length, likewise with batches for rows, whose shapes differ.
 
     Attributes:
         step: the step of the next batch.
@@ -88,7 +91,7 @@ class TrainData:
         self,
         source: Source | Sequence[Source],
         image_transform: Any,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         *,
         batch_size: int,
         shares: Sequence[float] = (1.0,),
@@ -107,7 +110,7 @@ class TrainData:
         cache_decoded: int | None = None,
         cache_bytes: int = 2 << 30,
         image_ids: bool = False,
-        kind: Rows | Questions | Statements | None = None,
+        kind: Rows | Questions | Statements | Classes | None = None,
     ):
         """Set up; nothing is read before the first batch.
 
@@ -115,7 +118,7 @@ class TrainData:
             source: the examples, or several sources to mix.
             image_transform: `(uint8 [h, w, c], Generator) -> uint8 [*output_size, 3]` with `output_size`,
                 such as augment.TrainTransform.
-            tokenizer: see text.load.
+            tokenizer: see text.load; None where rows have no text.
             batch_size: of the global batch.
             shares: the part of all rows that each source supplies; see mixture.shares.
             rows: the rows of the global batch this host supplies; all by default.
@@ -135,7 +138,8 @@ class TrainData:
                 small and seen many times, where decoding would dominate.
             cache_bytes: bound of that memory, of all processes together.
             image_ids: also give uint32 `image_id`, equal where images are.
-            kind: what rows are that hold no pair of an image and a text, for which it is None. The cache is for pairs.
+            kind: what rows are that hold no pair of an image and a text, for which it is None. The cache is for
+                pairs and labelled images.
 
         Raises:
             DataError: fewer examples than one batch, or the same data in two sources.
@@ -173,9 +177,7 @@ class TrainData:
             )
         own = {name: settings[name] for name in ("seed", "clean", "background", "max_pixels", *names)}
         given = (self.source, image_transform, tokenizer, *([] if kind is None else [kind]))
-        self._examples: Examples | GenerativeExamples | QuestionExamples | StatementExamples = made(
-            *given, **own
-        )
+        self._examples: RowExamples | GenerativeExamples = made(*given, **own)
         windowed = isinstance(kind, Rows) and (kind.packing or kind.lengths)
         self._windowed = kind if windowed else None  # what batches are made of windows of examples
         # Where `step` begins, of such batches; not known when a run is begun late, then it is added up.

@@ -12,6 +12,7 @@ from vlmjax.data import bpe, mixture, text
 from vlmjax.data.augment import TrainTransform
 from vlmjax.data.conversation import MARK
 from vlmjax.data.generative import Rows
+from vlmjax.data.labels import Classes
 from vlmjax.data.pieces import Pieces
 from vlmjax.data.pipeline import TrainData
 from vlmjax.data.plan import permute
@@ -132,10 +133,11 @@ def train_data(
     recipe: Any,
     sources: list[Source],
     shares: tuple[float, ...],
-    tokenizer: text.Tokenizer,
+    tokenizer: text.Tokenizer | None,
     image_size: int | tuple[int, int],
     *,
     image_tokens: int | None = None,
+    classes: Classes | None = None,
     **options: Any,
 ) -> TrainData:
     """The batches of a recipe: random crops and colours that end at the model's image size, captions, tokens.
@@ -146,6 +148,7 @@ def train_data(
         recipe, sources, shares, tokenizer: as opened here.
         image_size: of the model's images, pixels.
         image_tokens: of an image, for conversations; by default one for each patch.
+        classes: of a labelled set, for stage "classification".
         options: those of TrainData that no recipe holds, or that go before what it says.
 
     Raises:
@@ -174,6 +177,8 @@ def train_data(
         settings["kind"] = Questions(data.answers, data.answer_length)
     if recipe.stage == "blip_nlvr":
         settings["kind"] = Statements()
+    if recipe.stage == "classification":
+        settings["kind"] = classes
     pad = tuple(data.mean) if data.pad_to_square else None
     transform = TrainTransform(image_size, data.augment.to_dict(), background=background, pad=pad)
     return TrainData(sources, transform, tokenizer, **settings | options)

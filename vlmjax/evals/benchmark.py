@@ -17,12 +17,13 @@ class Benchmark:
 
     Attributes:
         name: under which results are reported.
-        benchmark: `zeroshot`, `retrieval`, `vqa` (see `answers`, `asked`), `matching` (`pairs`), `caption`
-            (`captioning`) or `statements`.
+        benchmark: `zeroshot`, `retrieval`, `probe`, `classify`, `vqa` (see `answers`, `asked`), `matching` (`pairs`),
+            `caption` (`captioning`) or `statements`.
         data: a source (shards, folder file, `scenes:heldout`, ...).
         keep, exclude: regular expressions searched in record keys; empty: all records, none.
         examples: use the first this many records; 0 = all.
-        classes: zero-shot: file of classes (see `labels.read_classes`); empty: the distinct captions.
+        classes: zero-shot, probe, classify: file of classes (see `data.labels.read_classes`); empty: the distinct
+            captions, or those the classifier was trained with.
         templates: zero-shot: a set, file or template (see `templates.load_templates`); empty: `photo` with a
             classes file, else `plain`.
         batch_size: global; 0 = 256, for vqa 64.
@@ -35,6 +36,9 @@ class Benchmark:
             BLIP can; 0 = none.
         answers: vqa of BLIP: a file of answers, one on each line, the likeliest of which is taken; empty: it writes.
         top: vqa of BLIP: only so many of them, those that begin likeliest; 0 = all.
+        train: probe: the source whose records are fitted.
+        train_examples: probe: the first this many of them; 0 = all.
+        l2: probe: strength of the regularisation, see `logistic.Fitter`; 0 = chosen on some training records.
     """
 
     name: str
@@ -54,6 +58,9 @@ class Benchmark:
     clean: str = ""
     answers: str = ""
     top: int = 128
+    train: str = ""
+    train_examples: int = 0
+    l2: float = 0.0
 
     def __post_init__(self) -> None:
         """Raise DataError for a benchmark that does not exist."""
@@ -67,8 +74,8 @@ class EvalResult:
 
     Attributes:
         name, benchmark: of the Benchmark.
-        metrics: fractions: `top1`, `top5`, or `text_to_image_r1`, `_r5`, `_r10`, `image_to_text_r1`, ..., or
-            `exact_match`, or `accuracy`, or `exact`, `bleu4`, `rouge_l`, `cider`.
+        metrics: fractions: `top1`, `top5`, `mean_per_class`, or `text_to_image_r1`, `_r5`, `_r10`,
+            `image_to_text_r1`, ..., or `exact_match`, or `accuracy`, or `exact`, `bleu4`, `rouge_l`, `cider`.
         chance: the same names, the value of guessing at random; for `exact_match` of giving each kind of question
             its most frequent answer.
         counts: `records`, `used`, `skipped`, and how many images, texts or classes took part; for retrieval

@@ -11,8 +11,10 @@ from vlmjax.evals.answers import AnswerEvaluator
 from vlmjax.evals.asked import BlipAnswerEvaluator
 from vlmjax.evals.benchmark import Benchmark
 from vlmjax.evals.captioning import CaptionEvaluator
-from vlmjax.evals.embed import Embedder
+from vlmjax.evals.classify import ClassifyEvaluator, scores
+from vlmjax.evals.embed import Embedder, tower_state
 from vlmjax.evals.pairs import MatchingEvaluator
+from vlmjax.evals.probe import ProbeEvaluator
 from vlmjax.evals.rerank import Matcher
 from vlmjax.evals.runner import Evaluator
 from vlmjax.evals.statements import StatementEvaluator
@@ -29,8 +31,11 @@ NEEDS = {
     ),
     "matching": ([("match",)], "a model that says whether image and text match (BLIP)"),
     "caption": ([("decode_text",)], "a model that writes captions (BLIP)"),
+    "classify": ([("classes",)], "a classifier"),
     "statements": ([("judge",)], "a model that judges statements about two images (BLIP)"),
 }
+# Benchmarks of images alone.
+WITHOUT_TEXT = ("probe", "classify")
 
 
 def missing(model: Any, benchmark: str) -> tuple[str, str]:
@@ -71,6 +76,14 @@ class Evaluators:
         return Matcher(**self._parts)
 
     @functools.cached_property
+    def _states(self) -> Embedder:
+        return Embedder(**self._parts, image_features=tower_state)
+
+    @functools.cached_property
+    def _scores(self) -> Embedder:
+        return Embedder(**self._parts, image_features=scores)
+
+    @functools.cached_property
     def _writer(self) -> Writer:
         return Writer(*(self._parts[name] for name in ("model", "transform", "mesh")))
 
@@ -85,6 +98,10 @@ class Evaluators:
             case "vqa":
                 said = {"form": self._form, "images_per_row": self._images_per_row, "writer": self._writer}
                 return AnswerEvaluator(benchmark, **parts, **said)
+            case "probe":
+                return ProbeEvaluator(benchmark, **parts, embedder=self._states)
+            case "classify":
+                return ClassifyEvaluator(benchmark, **parts, embedder=self._scores)
             case "matching":
                 return MatchingEvaluator(benchmark, **parts)
             case "caption":

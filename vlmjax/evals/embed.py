@@ -13,6 +13,8 @@ from jax.experimental import multihost_utils
 
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
+from vlmjax.models.clip import ClipVision
+from vlmjax.models.vit import class_state
 from vlmjax.ops.pixels import normalized
 from vlmjax.sharding.activations import on_mesh
 from vlmjax.sharding.mesh import batch_shards, local_rows, replicated, to_global
@@ -27,7 +29,7 @@ class Embedded(NamedTuple):
     """What a pass over a source gave.
 
     Attributes:
-        features: float32 [used, width], L2-normalised, in source order.
+        features: float32 [used, width] in source order, L2-normalised where they are embeddings.
         notes: for each used record what `describe` said of it, with `index` (in the source) and `key`.
         skipped: for each record that could not be used, `index`, `key`, `reason` and `detail`.
     """
@@ -51,14 +53,26 @@ class Embedder:
     devices, and every process receives the embeddings of all rows.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, transform: Any, mesh: jax.sharding.Mesh):
-        """`tokenizer` and `transform` are the model's own, as `vlmjax.hub.load_processor` gives them."""
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        transform: Any,
+        mesh: jax.sharding.Mesh,
+        image_features: Callable[[Any, jax.Array], jax.Array] | None = None,
+    ):
+        """`tokenizer` and `transform` are the model's own, as `vlmjax.hub.load_processor` gives them.
+
+        `image_features`: what images become, of a bound model; by default the embedding that texts are compared with.
+        """
         self.tokenizer, self.transform, self.mesh = tokenizer, transform, mesh
 
         @on_mesh(mesh)
         def images(params: Any, pixels: jax.Array) -> jax.Array:
             values = normalized(pixels, transform.mean, transform.std)
-            return model.apply({"params": params}, values, method=image_features).astype(jnp.float32)
+            return model.apply({"params": params}, values, method=image_features or embed_image).astype(
+                jnp.float32
+            )
 
         @on_mesh(mesh)
         def texts(params: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:
@@ -102,10 +116,15 @@ class Embedder:
         return np.concatenate([np.asarray(part) for part in parts])[: len(texts)]
 
 
-def image_features(model: Any, pixels: jax.Array) -> jax.Array:
+def embed_image(model: Any, pixels: jax.Array) -> jax.Array:
     """Of a bound model, in the space where images and texts are compared, into which BLIP projects its states."""
     out = model.encode_image(pixels)
     return model.embed_image(out) if hasattr(model, "embed_image") else out
+
+
+def tower_state(model: Any, pixels: jax.Array) -> jax.Array:
+    """Of a bound model, the state that its image tower ends in, before any projection."""
+    return class_state(model(pixels) if isinstance(model, ClipVision) else model.vision_model(pixels))
 
 
 def text_features(model: Any, input_ids: jax.Array, attention_mask: jax.Array) -> jax.Array:

@@ -1,25 +1,24 @@
 """One benchmark from a source of records to numbers: for the training loop and the evaluate command."""
 
 import itertools
-import os
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
+from vlmjax.data.canonical import canonicalize_class, canonicalize_plain, canonicalize_template
 from vlmjax.data.captions import blip_caption
+from vlmjax.data.labels import ClassFinder, ClassName, label_of, read_classes
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals import gallery, zeroshot
 from vlmjax.evals.benchmark import Benchmark, EvalResult, select
-from vlmjax.evals.embed import CACHE_BYTES, Embedded, Embedder, read_batches, tell_skipped
-from vlmjax.evals.labels import ClassFinder, ClassName, label_of, read_classes
+from vlmjax.evals.embed import Embedded, Embedder
+from vlmjax.evals.pictures import Pictures, reasons
 from vlmjax.evals.rerank import Matcher, pairs_to_match
 from vlmjax.evals.retrieval import Rescore, distinct_captions, score_retrieval
 from vlmjax.evals.templates import fill, load_templates
-from vlmjax.sharding.mesh import local_rows
 
 
 class Evaluator:
@@ -59,13 +58,17 @@ class Evaluator:
         self.matcher = matcher or (Matcher(model, tokenizer, transform, mesh) if benchmark.rerank else None)
         if source is None:
             source = open_source(benchmark.data, image_size=min(transform.output_size or (64,)))
-        self.source = source
-        self.indices = select(self.source, benchmark)
         self.classes = read_classes(benchmark.classes) if benchmark.classes else None
         self.templates = load_templates(benchmark.templates or ("photo" if self.classes else "plain"))
-        self.batch_size = self.embedder.rows_per_batch(benchmark.batch_size or 256, len(self.indices))
-        self._threads = threads or min(os.cpu_count() or 1, 16)
-        self._cached: list | None = None
+        self.pictures = Pictures(
+            benchmark.name,
+            source,
+            select(source, benchmark),
+            self.embedder,
+            self._describe,
+            batch_size=benchmark.batch_size or 256,
+            threads=threads,
+        )
 
     def run(self, params: Any, *, details: bool = True) -> EvalResult:
         """Measure a model's parameters (on the mesh). Every process gets the result.
@@ -78,46 +81,20 @@ class Evaluator:
             DataError: no record could be used, or a record's class cannot be told.
             NonFiniteError: the embeddings are not finite.
         """
-        embedded = self.embedder.images(params, self._batches(), self.batch_size)
-        reasons = dict(Counter(row["reason"] for row in embedded.skipped))
-        tell_skipped(self.benchmark.name, embedded.skipped)
-        if not embedded.notes:
-            raise DataError(
-                f"{self.benchmark.data}: none of {len(self.indices)} records could be used ({reasons})"
-            )
-        counts = {"records": len(self.indices), "used": len(embedded.notes), "skipped": len(embedded.skipped)}
+        embedded = self.pictures.run(params)
         score = self._zeroshot if self.benchmark.benchmark == "zeroshot" else self._retrieval
         metrics, chance, more, shown = score(params, embedded)
         result = EvalResult(
-            self.benchmark.name, self.benchmark.benchmark, metrics, chance, counts | more, reasons
+            self.benchmark.name,
+            self.benchmark.benchmark,
+            metrics,
+            chance,
+            self.pictures.counts(embedded) | more,
+            reasons(embedded),
         )
         if details and jax.process_index() == 0:
-            result.details = shown(lambda at: self.thumbnail(embedded.notes[at]["index"]))
+            result.details = shown(lambda at: self.pictures.thumbnail(embedded.notes[at]["index"]))
         return result
-
-    def thumbnail(self, index: int, size: int = 72) -> np.ndarray:
-        """A small uint8 [height, width, 3] picture of a record of the source."""
-        return gallery.square_picture(self.source[index].image, self.embedder.transform.background, size)
-
-    def _batches(self) -> Any:
-        """Host batches: read, and kept for the next run while they are small."""
-        if self._cached is not None:
-            return self._cached
-        rows = local_rows(self.mesh, self.batch_size)
-        batches = read_batches(
-            self.source,
-            self.indices,
-            rows,
-            self.batch_size,
-            self.embedder.transform,
-            self._describe,
-            threads=self._threads,
-        )
-        height, width = self.embedder.transform.output_size
-        total = -(-len(self.indices) // self.batch_size) * len(rows) * height * width * 3
-        if total <= CACHE_BYTES:
-            self._cached = batches = list(batches)
-        return batches
 
     def _describe(self, record: Any) -> dict[str, Any]:
         captions = list(record.captions)
@@ -129,10 +106,10 @@ class Evaluator:
 
     def _texts(self, params: Any, texts: Sequence[str]) -> np.ndarray:
         if self.benchmark.canonical:
-            texts = [zeroshot.canonicalize_plain(text) for text in texts]
+            texts = [canonicalize_plain(text) for text in texts]
         if self.benchmark.clean:
             texts = [blip_caption(text) for text in texts]
-        return self.embedder.texts(params, texts, self.batch_size)
+        return self.embedder.texts(params, texts, self.pictures.batch_size)
 
     def _zeroshot(self, params: Any, embedded: Embedded) -> tuple:
         captions = [note["captions"] for note in embedded.notes]
@@ -160,9 +137,7 @@ class Evaluator:
 
     def _prompt(self, template: str, name: str) -> str:
         if self.benchmark.canonical:
-            return fill(
-                zeroshot.canonicalize_template(template), zeroshot.canonicalize_class(name).split(",")[0]
-            )
+            return fill(canonicalize_template(template), canonicalize_class(name).split(",")[0])
         return fill(template, name)
 
     def _rescore(
@@ -171,9 +146,9 @@ class Evaluator:
         """How the nearest candidates are scored again, by looking at image and text together."""
         k, indices = self.benchmark.rerank, [note["index"] for note in embedded.notes]
         numbers = pairs_to_match(embedded.features, features, k)
-        size = {"batch_size": self.batch_size, "threads": self._threads}
+        size = {"batch_size": self.pictures.batch_size, "threads": self.pictures.threads}
         read = [blip_caption(text) for text in texts] if self.benchmark.clean else texts
-        matches = self.matcher(params, self.source, indices, read, numbers, **size)
+        matches = self.matcher(params, self.pictures.source, indices, read, numbers, **size)
         return {
             "text_to_image": lambda rows, cosines: matches.rescored(rows, cosines, k, True),
             "image_to_text": lambda rows, cosines: matches.rescored(rows, cosines, k, False),

@@ -8,6 +8,7 @@ from vlmjax.evals.benchmark import EvalResult
 TITLES = {
     "top1": "top-1",
     "top5": "top-5",
+    "mean_per_class": "mean per class",
     "exact_match": "exact match",
     "accuracy": "matches told from others",
     "own": "own captions recognised",

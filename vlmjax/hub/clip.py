@@ -197,7 +197,8 @@ def _half(config: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> 
     return half if copy is None else {**half, **defaults, **copy}
 
 
-def _vision_half(config: Mapping[str, Any]) -> dict[str, Any]:
+def vision_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The configuration of the image tower, from its own config.json or from a whole CLIP's."""
     return _half(config, "vision_config", VISION_DEFAULTS)
 
 
@@ -207,7 +208,7 @@ def _text_half(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _to_clip(config: Mapping[str, Any]) -> Clip:
     c = {"projection_dim": 512, "logit_scale_init_value": 2.6592} | config
-    towers = to_vit(_vision_half(config)), to_text(_text_half(config))
+    towers = to_vit(vision_half(config)), to_text(_text_half(config))
     return Clip(ClipConfig(*towers, c["projection_dim"], float(c["logit_scale_init_value"])))
 
 
@@ -224,7 +225,7 @@ def _from_clip(model: Clip) -> dict[str, Any]:
 
 
 def _to_vision(config: Mapping[str, Any]) -> ClipVision:
-    return ClipVision(to_vit(_vision_half(config)))
+    return ClipVision(to_vit(vision_half(config)))
 
 
 def _to_text(config: Mapping[str, Any]) -> ClipText:
@@ -232,7 +233,7 @@ def _to_text(config: Mapping[str, Any]) -> ClipText:
 
 
 def _to_vision_projected(config: Mapping[str, Any]) -> ClipVision:
-    half = _vision_half(config)
+    half = vision_half(config)
     return ClipVision(to_vit(half), (VISION_DEFAULTS | half)["projection_dim"])
 
 
@@ -274,6 +275,7 @@ VISION = Family(
     within={
         "CLIPModel": (*_NOT_VISION, r"visual_projection\.weight"),
         "CLIPVisionModelWithProjection": (r"visual_projection\.weight",),
+        "CLIPForImageClassification": (r"classifier\..*",),
     },
     processor=None,
 )

@@ -20,6 +20,7 @@ from vlmjax.hub import (
     blip,
     blip2,
     blip2_language,
+    classifier,
     clip,
     llama,
     llava,
@@ -37,6 +38,7 @@ from vlmjax.models.bert import Bert, BertConfig
 from vlmjax.models.blip import BlipCaptioner, BlipRetriever, Images
 from vlmjax.models.blip2 import Blip2Retriever
 from vlmjax.models.blip_tasks import BlipNlvr, BlipVqa
+from vlmjax.models.classifier import Classifier
 from vlmjax.models.clip import Clip, ClipText, ClipVision
 from vlmjax.models.decoder import Decoder
 from vlmjax.models.layers import DTYPES
@@ -55,6 +57,8 @@ FAMILIES: dict[str, Family] = {
         bert.DUAL_ENCODER,
         siglip.VISION,
         vit.VISION,
+        classifier.CLIP,
+        classifier.VIT,
         blip.CAPTION,
         blip.RETRIEVAL,
         blip.VQA,
@@ -178,7 +182,7 @@ def save(
     class's processor and AutoProcessor do too.
 
     Args:
-        model: Clip, ClipVision, ClipText, Bert, Decoder, T5, Vlm, or one of BLIP's or BLIP-2's.
+        model: Clip, ClipVision, ClipText, Classifier, Bert, Decoder, T5, Vlm, or one of BLIP's or BLIP-2's.
         params: its parameters, on any device; arrays spread over several processes must be gathered first.
         folder: made if it is not there; an earlier model in it is replaced.
         tokenizer: `vlmjax.data.text.Tokenizer`, a transformers tokenizer, or a folder with one.
@@ -231,6 +235,8 @@ def family_of(model: nn.Module) -> Family:
             if not model.config.pre_norm:
                 return vit.VISION
             return clip.VISION if model.projection_dim is None else clip.VISION_PROJECTED
+        case Classifier():
+            return classifier.family_of(model)
         case ClipText():
             return clip.TEXT if model.projection_dim is None else clip.TEXT_PROJECTED
         case Bert():
@@ -262,8 +268,8 @@ def family_of(model: nn.Module) -> Family:
         case Decoder():
             return _BY_FAMILY[model.config.family]
     raise HubError(
-        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Bert, Decoder, "
-        "T5, Vlm, those of BLIP and BLIP-2"
+        f"{type(model).__name__} has no Hugging Face class here; supported: Clip, ClipVision, ClipText, Classifier, "
+        "Bert, Decoder, T5, Vlm, those of BLIP and BLIP-2"
     )
 
 
@@ -311,6 +317,13 @@ def _family(config: Mapping[str, Any], wanted: str | None, path: Path) -> tuple[
     found = (config.get("architectures") or [_BY_TYPE.get(kind, kind)])[0]
     if not config.get("architectures") and wanted == f"{found}WithProjection":
         found = wanted  # the two share a model_type, and nothing else in the file tells them apart
+    if wanted is None and classifier.POOL_KEY in config:
+        pool = config[classifier.POOL_KEY]
+        if pool not in classifier.BESIDE:
+            raise HubError(
+                f"{path}: {classifier.POOL_KEY} is {pool!r}; supported: {', '.join(classifier.BESIDE)}"
+            )
+        return classifier.BESIDE[pool], ()
     wanted = wanted or (found if found in FAMILIES else _only_part_of(found)) or found
     if wanted not in FAMILIES:
         raise HubError(f"{path}: architecture {wanted} is not supported; {nearest(wanted, FAMILIES)}")
@@ -325,11 +338,12 @@ def _family(config: Mapping[str, Any], wanted: str | None, path: Path) -> tuple[
 def _tower_in(config: Mapping[str, Any], path: Path) -> str:
     """Return the class of the image tower that a folder holds, alone or within a larger model."""
     kind = str(config.get("model_type"))
-    for prefix, tower in (("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel")):
+    towers = (("clip", "CLIPVisionModel"), ("siglip", "SiglipVisionModel"), ("vit", "ViTModel"))
+    for prefix, tower in towers:
         if kind in (prefix, f"{prefix}_vision_model"):
             return tower
     raise HubError(
-        f"{path}: model_type {kind!r} has no image tower that can be taken alone; supported: clip, siglip"
+        f"{path}: model_type {kind!r} has no image tower that can be taken alone; supported: clip, siglip, vit"
     )
 
 
@@ -356,6 +370,8 @@ def _with_compute(model: nn.Module, dtype: str) -> nn.Module:
     if isinstance(model, Blip2Retriever):
         qformer = replace(config.qformer, bert=replace(config.qformer.bert, dtype=dtype))
         return model.clone(config=replace(config, image=replace(config.image, dtype=dtype), qformer=qformer))
+    if isinstance(model, Classifier):
+        return model.clone(config=replace(config, image=replace(config.image, dtype=dtype)))
     if isinstance(model, Seeing):
         parts = {name: replace(getattr(config, name), dtype=dtype) for name in ("image", "text", "bridge")}
         return model.clone(config=replace(config, **parts))

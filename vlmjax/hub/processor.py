@@ -201,7 +201,7 @@ def _towers(model: nn.Module) -> tuple[VitConfig | None, Words | None]:
         return config, None
     if isinstance(config, (TextConfig, BertConfig, DecoderConfig, T5Config)):
         return None, config
-    return config.image, config.text
+    return config.image, getattr(config, "text", None)
 
 
 def _as_transform(processor: Any) -> EvalTransform:

@@ -35,7 +35,8 @@ class ClipConfig:
             raise RecipeError(f"ClipConfig.projection_dim is {self.projection_dim}; give a positive number")
 
 
-def _projection(width: int, features: int, name: str | None = None) -> nn.Dense:
+def projection(width: int, features: int, name: str | None = None) -> nn.Dense:
+    """From a tower's state into the space that both share."""
     # Std width^-0.5 as in openai/CLIP's initialize_parameters. One row per example: float32 is free.
     init = nn.initializers.normal(width**-0.5)
     return nn.Dense(features, use_bias=False, dtype=jnp.float32, kernel_init=init, name=name)
@@ -51,8 +52,8 @@ class Clip(nn.Module):
         cfg = self.config
         self.vision_model = Vit(cfg.image)
         self.text_model = Bert(cfg.text) if isinstance(cfg.text, BertConfig) else Text(cfg.text)
-        self.visual_projection = _projection(cfg.image.width, cfg.projection_dim)
-        self.text_projection = _projection(cfg.text.width, cfg.projection_dim)
+        self.visual_projection = projection(cfg.image.width, cfg.projection_dim)
+        self.text_projection = projection(cfg.text.width, cfg.projection_dim)
         self.logit_scale = self.param(
             "logit_scale", nn.initializers.constant(cfg.logit_scale_init), (), jnp.float32
         )
@@ -76,10 +77,10 @@ class Clip(nn.Module):
         images = texts = image_embeds = text_embeds = per_image = None
         if pixel_values is not None:
             images = self.vision_model(pixel_values, train=train)
-            image_embeds = _embeds(self.visual_projection(images.pooler_output))
+            image_embeds = unit(self.visual_projection(images.pooler_output))
         if input_ids is not None:
             texts = self._text(input_ids, attention_mask, position_ids, token_type_ids, train)
-            text_embeds = _embeds(self.text_projection(texts.pooler_output))
+            text_embeds = unit(self.text_projection(texts.pooler_output))
         if image_embeds is not None and text_embeds is not None:
             per_image = similarity(image_embeds, text_embeds, jnp.exp(self.logit_scale))
         return ClipOutput(
@@ -126,7 +127,8 @@ class Clip(nn.Module):
         return self.text_model(input_ids, attention_mask, position_ids, train=train)
 
 
-def _embeds(projected: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+def unit(projected: Float[Array, "rows dim"]) -> Float[Array, "rows dim"]:
+    """Scaled to unit length, where rows are compared."""
     return l2_normalize(constrain(projected, "batch", None))
 
 
@@ -151,7 +153,7 @@ class ClipVision(nn.Module):
         out = Vit(self.config, name="vision_model")(pixel_values, train=train)
         embeds = None
         if self.projection_dim is not None:
-            project = _projection(self.config.width, self.projection_dim, "visual_projection")
+            project = projection(self.config.width, self.projection_dim, "visual_projection")
             embeds = project(out.pooler_output)
         return VisionOutput(out.last_hidden_state, out.pooler_output, embeds)
 
@@ -175,7 +177,7 @@ class ClipText(nn.Module):
         out = Text(self.config, name="text_model")(input_ids, attention_mask, position_ids, train=train)
         embeds = None
         if self.projection_dim is not None:
-            project = _projection(self.config.width, self.projection_dim, "text_projection")
+            project = projection(self.config.width, self.projection_dim, "text_projection")
             embeds = project(out.pooler_output)
         return TextOutput(out.last_hidden_state, out.pooler_output, embeds)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from vlmjax.models.bert import BertConfig
 from vlmjax.models.blip_config import BlipConfig
+from vlmjax.models.classifier import ClassifierConfig
 from vlmjax.models.clip import ClipConfig
 from vlmjax.models.decoder import DecoderConfig
 from vlmjax.models.text import TextConfig
@@ -52,6 +53,13 @@ def train_flops(config: ClipConfig, batch: int, *, locked: Sequence[str] = ()) -
     """
     total = 3 * forward_flops(config, batch, train=True)
     return total - 2 * sum(forward_flops(getattr(config, tower), batch, train=True) for tower in locked)
+
+
+def classifier_train_flops(config: ClassifierConfig, batch: int, *, tower: bool) -> int:
+    """Count a training step of a tower with a linear head; without `tower` the head alone has a backward pass."""
+    width = config.projection_dim or config.image.width
+    head = 2 * (config.image.width * config.projection_dim + width * len(config.names))
+    return (3 if tower else 1) * forward_flops(config.image, batch, train=True) + 3 * batch * head
 
 
 def decoder_flops(config: DecoderConfig, length: int) -> int:

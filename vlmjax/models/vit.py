@@ -21,7 +21,7 @@ from vlmjax.models.layers import (
     stack,
     stream,
 )
-from vlmjax.models.outputs import TowerOutput
+from vlmjax.models.outputs import TowerOutput, VisionOutput
 from vlmjax.ops.attention import attention, merge_heads
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.activations import constrain
@@ -265,6 +265,12 @@ class AttentionPool(nn.Module):
         mixed = nn.Dense(cfg.width, kernel_init=init.out, name="out_proj")(mixed)
         y = LayerNorm(cfg.layer_norm_eps, jnp.float32, name="layernorm")(mixed)
         return (mixed + Mlp(cfg.mlp_dim, cfg.activation, jnp.float32, init, name="mlp")(y))[:, 0]
+
+
+def class_state(out: TowerOutput | VisionOutput) -> Float[Array, "batch width"]:
+    """The float32 state that stands for an image: what its tower pools, else its class token's, normalised like all."""
+    pooled = out.last_hidden_state[:, 0] if out.pooler_output is None else out.pooler_output
+    return pooled.astype(jnp.float32)
 
 
 def check_pixels(pixel_values: Array | np.ndarray, patch_size: int) -> None:

@@ -118,9 +118,10 @@ def without_missing_parts(recipe: Config) -> tuple[Config, str]:
     In place of a folder that is not at hand, such as the one that an earlier stage will write, stand the recipe's own
     sizes.
     """
-    if recipe.stage not in ("generative", *BLIP_STAGES):
+    words = {"generative": ["language_from"], "classification": []}
+    words |= dict.fromkeys(BLIP_STAGES, ["text_from"])
+    if recipe.stage not in words:
         return recipe, ""
-    words = "language_from" if recipe.stage == "generative" else "text_from"
     from vlmjax import hub
 
     copy, missing = Config(recipe.to_dict()), []
@@ -128,7 +129,7 @@ def without_missing_parts(recipe: Config) -> tuple[Config, str]:
     for holder, key, part in (
         (copy, "init_from", None),
         (copy.model, "image_from", image),
-        (copy.model, words, None),
+        *[(copy.model, key, None) for key in words[recipe.stage]],
     ):
         if holder[key]:
             try:
@@ -137,16 +138,18 @@ def without_missing_parts(recipe: Config) -> tuple[Config, str]:
                 missing.append(holder[key])
                 holder[key] = ""
     if missing:
-        copy.data.tokenizer = "bpe:514"
+        copy.data.tokenizer, copy.model.head_from = "bpe:514", ""
     said = f"; in sizes of the recipe, without {', '.join(missing)}" if missing else ""
     return copy.lock(), said
 
 
-def vocabulary(recipe: Config) -> text.Tokenizer:
-    """A stand-in for the recipe's tokenizer, of its size.
+def vocabulary(recipe: Config) -> text.Tokenizer | None:
+    """A stand-in for the recipe's tokenizer, of its size; None where there are no texts.
 
     Raises RecipeError where neither the recipe nor a tokenizer at hand says how many tokens there are.
     """
+    if recipe.stage == "classification":
+        return None
     name = data_recipe.tokenizer_name(recipe)
     if recipe.stage == "generative":
         return _vocabulary_with_images(recipe, name)

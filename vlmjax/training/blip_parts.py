@@ -31,6 +31,7 @@ _GROUPS = {
     "blip_vqa": ("vision_model", "text_encoder", "text_decoder"),
     "blip_nlvr": ("vision_model", "text_encoder"),
 }
+PARTS = {"model.image_from": "image"}  # what is read of a folder that may hold more, such as a classifier's
 Tree = Any
 
 
@@ -106,7 +107,7 @@ def _model_in(recipe: Any, key: str, kind: Any) -> Any:
     """The model of a folder that the recipe names under `key`, of one of whose kinds it must be."""
     name = recipe[key] if key in recipe else recipe.model[key.removeprefix("model.")]
     with naming(key):
-        found = hub.load_model(name)
+        found = hub.load_model(name, part=PARTS.get(key))
     if not isinstance(found, kind):
         raise RecipeError(
             f"config.{key}={name!r} holds a {type(found).__name__}; stage {recipe.stage!r} needs a {_said(kind)} there"
@@ -156,7 +157,7 @@ def import_blip(
     parts = {}
     for key, name in (("image", recipe.model.image_from), ("text", recipe.model.text_from)):
         if name:
-            found, params = hub.load(name)
+            found, params = hub.load(name, part=PARTS.get(f"model.{key}_from"))
             parts[key] = (getattr(found.config, key, found.config), params)
     if recipe.model.text_from and has_head(recipe.model.text_from):
         parts["head"] = load_head(recipe.model.text_from)

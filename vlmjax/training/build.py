@@ -17,31 +17,35 @@ from vlmjax.config import Config, completed
 from vlmjax.config_checks import BLIP_STAGES
 from vlmjax.data import text
 from vlmjax.data.images import EvalTransform
+from vlmjax.data.labels import Classes
 from vlmjax.data.recipe import naming, open_tokenizer, special_tokens, tokenizer_name
 from vlmjax.data.sources import Source
 from vlmjax.errors import CheckpointError, RecipeError
 from vlmjax.models.bert import BertConfig
+from vlmjax.models.classifier import Classifier
 from vlmjax.models.clip import Clip, ClipConfig
 from vlmjax.models.text import TextConfig
 from vlmjax.models.vit import VitConfig
 from vlmjax.models.vlm import Vlm, VlmConfig
 from vlmjax.ops.resize import resize_positions
 from vlmjax.sharding.mesh import replicated
-from vlmjax.training import blip_parts, vlm_parts
+from vlmjax.training import blip_parts, classifier_parts, vlm_parts
 from vlmjax.training.workdir import Workdir
 
 POSITIONS = "vision_model/embeddings/position_embedding"
 
 
-def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer:
+def make_tokenizer(recipe: Any, source: Source | None, workdir: Workdir) -> text.Tokenizer | None:
     """The recipe's tokenizer, kept in `workdir/tokenizer` so that the run can be resumed and exported alone.
 
     "bpe:N" trains one on captions of `source`: the same on every process, so that none waits for another. An imported
-    model keeps the tokenizer it was trained with.
+    model keeps the tokenizer it was trained with. Stage "classification" has no texts, and None.
 
     Raises:
       RecipeError: where it cannot be read, or the folder holds a run with another one.
     """
+    if recipe.stage == "classification":
+        return None
     folder, length = workdir.path("tokenizer"), text_length(recipe)
     name, before = tokenizer_name(recipe), _tokenizer_of(workdir)
     begun = workdir.has_checkpoints()
@@ -91,11 +95,14 @@ def eval_transform(recipe: Any, image_size: tuple[int, int]) -> EvalTransform:
     )
 
 
-def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | blip_parts.AnyBlip:
+def make_model(
+    recipe: Any, tokenizer: text.Tokenizer | None, source: Source | None = None
+) -> Clip | Vlm | blip_parts.AnyBlip | Classifier:
     """The model of a recipe, without parameters: what its stage trains.
 
     With `init_from` the sizes, activation and token rules are those of the imported folder, never the recipe's;
-    the recipe keeps deciding image size, patch dropout, compute dtype and remat.
+    the recipe keeps deciding image size, patch dropout, compute dtype and remat. `source` is the training data, which
+    may name a classifier's classes; it is opened where it is needed and not given.
     """
     if recipe.stage == "generative":
         compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
@@ -103,6 +110,9 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | blip_part
     if recipe.stage in BLIP_STAGES:
         compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
         return blip_parts.make_blip(recipe, tokenizer, compute)
+    if recipe.stage == "classification":
+        compute = {"dtype": compute_dtype(recipe), "remat": recipe.model.remat}
+        return classifier_parts.make_classifier(recipe, source, compute)
     if not recipe.init_from:
         return Clip(clip_config(recipe, tokenizer))
     from vlmjax import hub
@@ -120,19 +130,26 @@ def make_model(recipe: Any, tokenizer: text.Tokenizer) -> Clip | Vlm | blip_part
     return Clip(config)
 
 
+def classes_of(model: Any) -> Classes | None:
+    """The classes of a classifier, by which its training data are labelled; None for other models."""
+    return classifier_parts.classes(model.config) if isinstance(model, Classifier) else None
+
+
 def imported(recipe: Any) -> dict[str, str]:
     """Which top-level groups of parameters a recipe imports, and from where."""
     if recipe.stage == "generative":
         return vlm_parts.imported(recipe)
     if recipe.stage in BLIP_STAGES:
         return blip_parts.imported(recipe)
+    if recipe.stage == "classification":
+        return classifier_parts.imported(recipe)
     groups = ("vision_model", "text_model", "visual_projection", "text_projection", "logit_scale")
     return dict.fromkeys(groups, recipe.init_from) if recipe.init_from else {}
 
 
 def import_params(
     recipe: Any,
-    model: Clip | Vlm | blip_parts.AnyBlip,
+    model: Clip | Vlm | blip_parts.AnyBlip | Classifier,
     places: Any,
     fresh: Callable[[], Any],
     only: Callable[[str], bool] | None = None,
@@ -154,6 +171,8 @@ def import_params(
         return vlm_parts.import_parts(recipe, model, places, fresh, only)
     if isinstance(model, blip_parts.AnyBlip):
         return blip_parts.import_blip(recipe, model, places, fresh, only)
+    if isinstance(model, Classifier):
+        return classifier_parts.import_classifier(recipe, model, places, fresh, only)
 
     flat, new = traverse_util.flatten_dict(places, sep="/"), model.config.image.grid
     with naming("init_from"):
@@ -253,24 +272,28 @@ def _check_end(words: TextConfig | BertConfig, tokenizer: text.Tokenizer, name: 
         )
 
 
-def model_to_json(model: Clip | Vlm | blip_parts.AnyBlip) -> dict[str, Any]:
+def model_to_json(model: Clip | Vlm | blip_parts.AnyBlip | Classifier) -> dict[str, Any]:
     """A model's configuration as json, for `workdir/model.json`."""
     config = model.config
     if isinstance(config, VlmConfig):
         return vlm_parts.to_json(config)
     if isinstance(model, blip_parts.AnyBlip):
         return blip_parts.to_json(model)
+    if isinstance(model, Classifier):
+        return classifier_parts.to_json(config)
     kind = "bert" if isinstance(config.text, BertConfig) else "clip"
     value = dataclasses.asdict(config)
     return {**value, "text": {"kind": kind, **value["text"]}}
 
 
-def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | blip_parts.AnyBlip:
+def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | blip_parts.AnyBlip | Classifier:
     """Inverse of `model_to_json`, as a module."""
     if value.get("kind") == "vlm":
         return vlm_parts.from_json(value)
     if value.get("kind") in blip_parts.FORMS:
         return blip_parts.from_json(value)
+    if value.get("kind") == "classifier":
+        return classifier_parts.from_json(value)
     words = dict(value["text"])
     tower = {"bert": BertConfig, "clip": TextConfig}[words.pop("kind")]
     image = dict(value["image"])
@@ -279,7 +302,7 @@ def model_from_json(value: Mapping[str, Any]) -> Clip | Vlm | blip_parts.AnyBlip
     return Clip(ClipConfig(**{**value, "image": VitConfig(**image), "text": tower(**words)}))
 
 
-def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm | blip_parts.AnyBlip]:
+def read_run(folder: Workdir) -> tuple[Config, Clip | Vlm | blip_parts.AnyBlip | Classifier]:
     """The recipe of the run in a folder, and its model. Raises CheckpointError where it is not that of a run."""
     for name in ("recipe.json", "model.json"):
         if not folder.path(name).exists():

@@ -10,13 +10,14 @@ from jax.experimental.compilation_cache import compilation_cache
 from jax.sharding import Mesh
 
 from vlmjax.errors import RecipeError
-from vlmjax.models import blip, blip_tasks, clip, vlm
+from vlmjax.models import blip, blip_tasks, classifier, clip, vlm
 from vlmjax.models.layers import DTYPES
 from vlmjax.sharding.mesh import batch_sharding
 from vlmjax.sharding.peers import barrier
 from vlmjax.stages.blip import BlipPretraining
 from vlmjax.stages.blip_nlvr import BlipStatements
 from vlmjax.stages.blip_vqa import BlipAnswers
+from vlmjax.stages.classification import Classification
 from vlmjax.stages.contrastive import Contrastive
 from vlmjax.stages.generative import Generative
 from vlmjax.stages.stage import Stage
@@ -30,11 +31,13 @@ STAGES = {
     "blip": BlipPretraining,
     "blip_vqa": BlipAnswers,
     "blip_nlvr": BlipStatements,
+    "classification": Classification,
 }
 # The smallest inputs that make every parameter of a model.
 EXAMPLES = {
     clip.Clip: clip.example_inputs,
     vlm.Vlm: vlm.example_inputs,
+    classifier.Classifier: classifier.example_inputs,
     blip.Blip: lambda config: blip.example_inputs(blip.Blip(config)),
     blip_tasks.BlipVqa: lambda config: blip_tasks.example_inputs(blip_tasks.BlipVqa(config)),
     blip_tasks.BlipNlvr: lambda config: blip_tasks.example_inputs(blip_tasks.BlipNlvr(config)),
@@ -107,8 +110,9 @@ def keep_programs(folder: str) -> None:
 def check_heads(config: Any, mesh: Mesh) -> None:
     """Raise RecipeError unless every tower's heads can be dealt out evenly along `tensor`."""
     parts = mesh.shape["tensor"]
-    words = "language.kv_heads" if hasattr(config.text, "kv_heads") else "text.heads"
-    for key, tower in (("image.heads", config.image), (words, config.text)):
+    text = getattr(config, "text", None)  # which a classifier has not
+    words = "language.kv_heads" if hasattr(text, "kv_heads") else "text.heads"
+    for key, tower in (("image.heads", config.image), *([(words, text)] if text else [])):
         name, heads = key.partition(".")[0], getattr(tower, "kv_heads", tower.heads)
         if heads % parts:
             fits = [n for n in range(1, heads + 1) if heads % n == 0]

@@ -69,7 +69,7 @@ class Run:
         self.source = together(sources)
         self.lengths = lengths = Durations(recipe, self.source)
         self.tokenizer = build.make_tokenizer(recipe, self.source, folder)
-        self.model = build.make_model(recipe, self.tokenizer)
+        self.model = build.make_model(recipe, self.tokenizer, self.source)
         schedule = make_schedule(recipe.optimizer, lengths.total, lengths.warmup, lengths.cooldown)
 
         if recipe.export:
@@ -91,7 +91,8 @@ class Run:
         phases.enter("initialise")
         shape, rows = self.model.config.image.image_shape, local_rows(self.mesh, recipe.batch_size)
         tokens = getattr(self.model.config, "image_tokens", None)
-        self.data = train_data(recipe, sources, shares, self.tokenizer, shape, rows=rows, image_tokens=tokens)
+        options = {"rows": rows, "image_tokens": tokens, "classes": build.classes_of(self.model)}
+        self.data = train_data(recipe, sources, shares, self.tokenizer, shape, **options)
         if saved:
             self.data.restore(saved, accept=recipe.data.accept_new_mixture)
         self.left_out = saved.get("left_out", 0)  # batches that no update has seen, since the run went back

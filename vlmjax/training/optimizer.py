@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import optax.contrib
 from flax import traverse_util
@@ -14,6 +15,7 @@ from vlmjax.sharding.rules import match_rules
 from vlmjax.training.state import merge
 
 Rules = Sequence[tuple[str, float]]
+_BLOCKS = "vision_model/encoder/layers/"  # stacked
 
 
 def make_schedule(config: Any, total: int, warmup: int, cooldown: int) -> optax.Schedule:
@@ -62,6 +64,7 @@ def make_optimizer(
     Weight decay is decoupled: parameters shrink by rate * weight_decay * multiplier per step (AdamW, 1711.05101).
     """
     rates = _factors(config, "learning_rate_multipliers", params, frozen or {})
+    rates = jax.tree.map(lambda rate, layer: rate * layer, rates, layer_factors(params, config.layer_decay))
     decays = _factors(config, "weight_decay_multipliers", params, frozen or {})
     decays = jax.tree.map(lambda factor: factor * config.weight_decay, decays)
     return optax.chain(
@@ -71,6 +74,28 @@ def make_optimizer(
         optax.stateless(lambda updates, _: jax.tree.map(lambda u, r: r * u, updates, rates)),
         optax.scale_by_learning_rate(schedule),
     )
+
+
+def layer_factors(params: Any, decay: float) -> Any:
+    """What each parameter's rate is multiplied by, so that layers near the pixels move less.
+
+    Of the image tower's block l of L decay^(L - l), counted from 0, of what is below the blocks decay^(L + 1); of what
+    is above, and of all other parameters, 1 (BEiT, 2106.08254, appendix H). Stacked blocks have an array [L, 1, ...].
+    """
+
+    def factor(path: str, leaf: Any, depth: int) -> Any:
+        if path.startswith(("vision_model/embeddings/", "vision_model/pre_layernorm/")):
+            return decay ** (depth + 1)
+        if not path.startswith(_BLOCKS):
+            return 1.0
+        each = np.float32(decay) ** np.arange(depth, 0, -1, dtype=np.float32)
+        return each.reshape(-1, *(1,) * (leaf.ndim - 1))
+
+    flat = traverse_util.flatten_dict(params, sep="/")
+    depth = next((leaf.shape[0] for path, leaf in flat.items() if path.startswith(_BLOCKS)), 0)
+    if decay == 1.0 or not depth:
+        return jax.tree.map(lambda _: 1.0, params)
+    return traverse_util.unflatten_dict({p: factor(p, leaf, depth) for p, leaf in flat.items()}, sep="/")
 
 
 def _factors(config: Any, name: str, params: Any, frozen: Any) -> Any:

@@ -20,6 +20,7 @@ Rows = Sequence[Mapping[str, Any]]
 CHARTS = (
     ("Loss", ("loss",), False),
     ("Accuracy within the batch", ("image_to_text_accuracy", "text_to_image_accuracy"), True),
+    ("Accuracy on the batch", ("accuracy",), True),
     ("Token accuracy", ("token_accuracy",), True),
     ("Learning rate", ("learning_rate",), False),
     ("Gradient norm", ("grad_norm",), False),
@@ -33,6 +34,8 @@ CHARTS = (
 HEADLINES = {
     "zeroshot": "top1",
     "retrieval": "text_to_image_r1",
+    "probe": "top1",
+    "classify": "top1",
     "vqa": "exact_match",
     "matching": "accuracy",
     "statements": "right",
@@ -74,7 +77,10 @@ def page(
         section("Hosts", report_time.hosts, hosts, lead=report_time.HOSTS_LEAD),
         section("Similarity", fig.similarity, similarity, lead=fig.SIMILARITY_LEAD),
         *[section(_heading("Retrieval", found), fig.gallery, found) for found in retrieval],
-        *[section(_heading("Zero-shot", found), fig.confusion, found) for found in zeroshot],
+        *[
+            section(_heading(found.get("kind", "Zero-shot"), found), fig.confusion, found)
+            for found in zeroshot
+        ],
         section("Recipe and environment", made_with, recipe, environment),
     ]
     now = datetime.datetime.now().astimezone().strftime("%Y-%m-%d %H:%M")

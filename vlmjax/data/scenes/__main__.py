@@ -1,13 +1,15 @@
-"""Look at the drawn world: a contact sheet, or one scene as a picture with everything known about it."""
+"""Look at the drawn world: a contact sheet, one scene as a picture with everything known about it, or its classes."""
 
 import argparse
 import json
+from pathlib import Path
 
 from PIL import Image
 
 from vlmjax.data.scenes import scene
 from vlmjax.data.scenes.sheet import contact_sheet
-from vlmjax.data.scenes.vocabulary import SPLITS, STYLES
+from vlmjax.data.scenes.vocabulary import PAIRS, SPLITS, STYLES
+from vlmjax.data.scenes.words import class_name
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -18,6 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
     what.add_argument(
         "--show", metavar="PNG", help="write one scene and print what is known about it as JSON"
     )
+    what.add_argument(
+        "--classes", metavar="TXT", help="write all combinations of colour and shape, one a line"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--index", type=int, default=0, help="number of the scene to show")
     parser.add_argument("--split", choices=SPLITS, default="train")
@@ -26,6 +31,10 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.sheet:
         contact_sheet(options.seed).save(options.sheet, optimize=True)
+        return
+    if options.classes:
+        names = "\n".join(class_name(*pair) for pair in PAIRS)
+        Path(options.classes).write_text(f"{names}\n", encoding="utf-8")
         return
     one = scene(
         options.seed, options.index, options.split, style=options.style, image_size=options.image_size

@@ -18,7 +18,7 @@ from vlmjax.errors import DataError
 
 VERSION = 1  # of the drawn world: raised whenever an index stops meaning the same scene
 LENGTHS = {"train": 1_000_000, "val": 1024, "heldout": 1024}  # what len() says: the world does not end there
-CAPTIONS = ("all", "complete", "class", "questions", "statements")  # which texts a record carries
+CAPTIONS = ("all", "complete", "class", "shape", "questions", "statements")  # which texts a record carries
 SMALLEST_IMAGE = 16
 
 
@@ -200,8 +200,8 @@ class Scenes:
                 inside things.
             captions: `all`: every caption of a scene, short and long, to train on; `complete`: the fullest
                 one, which tells a scene from all others, for retrieval; `class`: the combination of the main
-                thing ("a red star"), for zero-shot classification; `questions`: no caption, but a conversation of
-                one to four questions and answers; `statements`: two pictures and a
+                thing ("a red star"), for zero-shot classification; `shape`: its shape alone ("a star"); `questions`:
+                no caption, but a conversation of one to four questions and answers; `statements`: two pictures and a
                 sentence about both that is true or false. None is `all` in `train`, else `complete`.
             length: what `len()` says; None is 1,000,000 in `train`, 1,024 in `val` and `heldout`.
 
@@ -282,6 +282,8 @@ class Scenes:
             return ()
         if self.captions == "class":
             return (one.class_name,)
+        if self.captions == "shape":
+            return (v.article(one.world.groups[0].shape),)
         return one.captions if self.captions == "all" else one.captions[:1]
 
 

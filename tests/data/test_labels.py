@@ -1,9 +1,12 @@
 """Classes files, prompt templates, and how a record finds its class."""
 
 import pytest
+from helpers import Memory
 
-from vlmjax.errors import DataError
-from vlmjax.evals.labels import ClassFinder, ClassName, label_of, read_classes
+from vlmjax.data.labels import ClassFinder, ClassName, classes_of, label_of, read_classes
+from vlmjax.data.record import Record
+from vlmjax.data.scenes import open_scenes
+from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals.templates import TEMPLATES, fill, load_templates
 
 
@@ -98,6 +101,8 @@ def test_numbers_in_the_classes_file_are_labels_not_lines():
     classes = [ClassName("2", "cat"), ClassName("1", "dog")]
     assert ClassFinder(classes).find("k", "1", []) == 1
     assert ClassFinder(classes).find("k", None, ["2 dogs and 1 cat"]) == 0
+    with pytest.raises(DataError, match="name none of the 2 classes"):
+        ClassFinder(classes).find("k", "0", [])
 
 
 def test_two_classes_of_one_name_need_labels():
@@ -142,3 +147,47 @@ def test_templates_that_cannot_be_used(spec, message):
 
 def test_braces_in_a_name_stay():
     assert fill("a {}.", "{x} {}") == "a {x} {}."
+
+
+def records(*told):
+    """(captions, label) pairs as a source."""
+    extras = [{} if label is None else {"cls": label} for _, label in told]
+    return Memory([Record(f"k{i}", b"", tuple(c), extras[i]) for i, (c, _) in enumerate(told)])
+
+
+def test_without_a_file_the_classes_are_what_records_call_theirs():
+    """Its only caption, else its label; what has neither is left for training to count."""
+    source = records(
+        (["dog"], "1"), (["cat"], None), (["dog"], None), ([], b"7"), (["a", "b"], "x"), ([], None)
+    )
+    classes = classes_of("", source)
+    assert classes.names == ("7", "cat", "dog", "x") and classes.labels == ()
+    assert [classes.of(record) for record in source.entries[:5]] == [2, 1, 2, 0, 3]
+    for record, why in (
+        (source[5], "0 captions and no label"),
+        (Record("k", b"", ("emu",)), "'emu' is none of the 4"),
+    ):
+        with pytest.raises(BadRecord, match=why) as refused:
+            classes.of(record)
+        assert refused.value.reason == "no_class"
+    with pytest.raises(DataError, match="memory: its records name 1 class"):
+        classes_of("", records((["dog"], None), (["dog"], None)))
+
+
+def test_with_a_file_records_are_looked_up_in_it(tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("n1\tcat\nn2\tdog\n")
+    classes = classes_of(str(path), records((["x"], None)))
+    assert classes.names == ("cat", "dog") and classes.labels == ("n1", "n2")
+    found = records((["a photo of a dog."], None), ([], "n1"), (["bird"], None), (["cat and dog"], None))
+    assert [classes.of(record) for record in found.entries[:2]] == [1, 0]
+    # A number that is no label of the file would be a line of it; a caption that is a class's name says more.
+    assert classes.of(Record("k", b"", ("dog",), {"label": 0})) == 1
+    for record in found.entries[2:]:
+        with pytest.raises(BadRecord, match="no_class"):
+            classes.of(record)
+
+
+def test_the_shapes_of_scenes_are_classes_in_every_split():
+    found = [classes_of("", open_scenes(f"scenes:{split}:single:shape")) for split in ("val", "heldout")]
+    assert found[0].names == found[1].names and len(found[0].names) == 12 and "a star" in found[0].names

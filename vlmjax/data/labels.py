@@ -4,12 +4,18 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from vlmjax.errors import DataError
-from vlmjax.evals.templates import fill
-from vlmjax.evals.zeroshot import canonicalize_plain
+import numpy as np
+
+from vlmjax.data.canonical import canonicalize_plain
+from vlmjax.data.plan import permute
+from vlmjax.data.record import Record
+from vlmjax.data.sources import Source, captions_of
+from vlmjax.errors import BadRecord, DataError
 
 FORMS = "'name' or 'label<TAB>name'"
 LABEL_FIELDS = ("cls", "label", "class", "class_name", "category")
+# Records that are read to learn which classes there are; a class that none of them is of has to be in a file.
+READ = 20_000
 
 
 class ClassName(NamedTuple):
@@ -61,6 +67,78 @@ def label_of(extra: Mapping[str, Any]) -> str | None:
     return label_of({k: v for k, v in inner.items() if k != "json"}) if isinstance(inner, Mapping) else None
 
 
+def own_name(record: Record) -> str:
+    """What a record itself calls its class: its only caption, or where it has none, or several, its label.
+
+    Raises:
+        BadRecord: it has neither.
+    """
+    if len(record.captions) == 1:
+        return record.captions[0]
+    if (label := label_of(record.extra)) is not None:
+        return label
+    raise BadRecord("no_class", record.key, f"{len(record.captions)} captions and no label (.cls)")
+
+
+class Classes:
+    """The classes of a labelled set in the order of a classifier's outputs, and which of them a record is of.
+
+    Attributes:
+        names: of the classes, as they go into prompts.
+        labels: what data files call them; empty where the names were taken from records: see `own_name`.
+    """
+
+    def __init__(self, names: Sequence[str], labels: Sequence[str] = (), templates: Sequence[str] = ()):
+        """With `labels` records are looked up as `ClassFinder` does, with `templates` of their captions."""
+        self.names, self.labels = tuple(names), tuple(labels)
+        self._index = {name: i for i, name in enumerate(self.names)}
+        self._finder = None
+        if labels:
+            known = [ClassName(*pair) for pair in zip(self.labels, self.names, strict=True)]
+            self._finder = ClassFinder(known, templates)
+
+    def of(self, record: Record) -> int:
+        """Index of the class of a record. Raises BadRecord where it is of none of them, or of several."""
+        if self._finder is not None:
+            label = label_of(record.extra)
+            if label not in self.labels and len(record.captions) == 1 and record.captions[0] in self._index:
+                return self._index[
+                    record.captions[0]
+                ]  # a number would stand for a line, perhaps of another file
+            try:
+                return self._finder.find(record.key, label, record.captions)
+            except DataError as error:
+                raise BadRecord("no_class", record.key, str(error)) from None
+        name = own_name(record)
+        if name not in self._index:
+            raise BadRecord("no_class", record.key, f"{name!r} is none of the {len(self.names)} classes")
+        return self._index[name]
+
+
+def classes_of(path: str, source: Source, templates: Sequence[str] = ()) -> Classes:
+    """The classes in a file, or where no file is given those that records of `source` name, in alphabetical order.
+
+    Raises:
+        DataError: as of `read_classes`, or the records name fewer than two.
+    """
+    if path:
+        found = read_classes(path)
+        return Classes([c.name for c in found], [c.label for c in found], templates)
+    names = set()
+    for i in permute(np.arange(min(READ, len(source))), len(source), seed=0, epoch=0).tolist():
+        try:
+            captions = captions_of(source, i)
+            names.add(captions[0] if len(captions) == 1 else own_name(source[i]))
+        except BadRecord:
+            continue  # training meets it again, counts it and says why
+    if len(names) < 2:
+        raise DataError(
+            f"{source.name}: its records name {len(names)} class(es) ({', '.join(sorted(names))}); classification "
+            "needs two or more: one caption or one label (.cls) each, or a classes file"
+        )
+    return Classes(sorted(names))
+
+
 def _text(value: Any) -> str | None:
     if isinstance(value, bytes):
         value = value.decode("utf-8", "replace")
@@ -73,10 +151,10 @@ class ClassFinder:
     """Finds the class of a record among the classes of a benchmark, or refuses with the reason.
 
     The first of these that answers: the record's label equals a class's label; it equals exactly one class's
-    name; it is a whole number, the line of the class counted from 0; a caption is a class's name, alone or
-    inside one of the templates; a caption mentions exactly one class (a name inside a longer matching name
-    does not count: "crocodile head" is no "crocodile"). Names are compared without case, ASCII punctuation,
-    underscores and articles.
+    name; it is a whole number, the line of the class counted from 0 (unless classes have numbers for labels); a
+    caption is a class's name, alone or inside one of the templates; a caption mentions exactly one class (a name
+    inside a longer matching name does not count: "crocodile head" is no "crocodile"). Names are compared without
+    case, ASCII punctuation, underscores and articles.
     """
 
     def __init__(self, classes: Sequence[ClassName], templates: Sequence[str] = ()):
@@ -90,8 +168,9 @@ class ClassFinder:
             for name in {_words(c.name), _words(label)} - {()}:
                 self._names.setdefault(name, set()).add(i)
             for template in {"{}", "a photo of a {}.", *templates}:
-                self._phrases.setdefault(_words(fill(template, c.name)), set()).add(i)
+                self._phrases.setdefault(_words(template.replace("{}", c.name)), set()).add(i)
         self._longest = max(map(len, self._names), default=0)
+        self._numbered = any(c.label.isdecimal() and c.label != c.name for c in self.classes)
 
     def find(self, key: str, label: str | None, captions: Sequence[str]) -> int:
         """Index of the class of the record `key`.
@@ -106,7 +185,7 @@ class ClassFinder:
             named = self._names.get(_words(label), set())
             if len(named) == 1:
                 return next(iter(named))
-            if label.isdecimal() and int(label) < len(self.classes):
+            if label.isdecimal() and int(label) < len(self.classes) and not self._numbered:
                 return self._checked(key, int(label), exact, captions)
         found = exact or {i for caption in captions for i in self._mentioned(_words(caption))}
         if len(found) == 1:
