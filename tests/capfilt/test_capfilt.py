@@ -68,6 +68,7 @@ def files(folder):
     }
 
 
+@pytest.mark.slow
 def test_captions_depend_on_the_key_and_the_seed_alone(captioner, folder):
     pixels = np.stack([captioner.pixels(picture(i)) for i in range(6)])
     keys = [f"k{i}" for i in range(6)]

@@ -181,6 +181,7 @@ def get_config(arg=""):
 """
 
 
+@pytest.mark.slow
 def test_rows_of_conversations_are_shown_with_what_is_learned(tmp_path, capsys):
     tokenizer(tmp_path / "words")
     (tmp_path / "talk.py").write_text(TALK.replace("TOKENIZER", str(tmp_path / "words")))

@@ -72,6 +72,7 @@ def test_roles_of_special_tokens(shared_path):
     assert gpt2.pad_token_id == gpt2.eos_token_id == 50256
 
 
+@pytest.mark.slow
 def test_bare_sentencepiece_saved_for_transformers(shared_path, tmp_path):
     transformers = pytest.importorskip("transformers")
     one = text.load(shared_path("data/tokenizers/llama2"), 9)

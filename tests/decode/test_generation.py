@@ -51,7 +51,9 @@ def common_tokens(name, count=3):
     return tuple(int(row[at]) for row, at in zip(plain, (2, 5, 8), strict=True))[:count]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "llama" else []) for name in MODELS]
+)
 def test_greedy(name):
     check(name, prompts())
     check(name, prompts(), eos_token_id=list(common_tokens(name)))
@@ -90,8 +92,8 @@ def test_a_repetition_penalty():
 
 BEAMS = [
     {"num_beams": 2},
-    {"num_beams": 3, "length_penalty": 0.5, "early_stopping": True},
-    {"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"},
+    pytest.param({"num_beams": 3, "length_penalty": 0.5, "early_stopping": True}, marks=pytest.mark.slow),
+    pytest.param({"num_beams": 4, "length_penalty": 2.0, "early_stopping": "never"}, marks=pytest.mark.slow),
 ]
 
 

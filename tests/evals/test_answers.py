@@ -115,7 +115,9 @@ def placed(made, mesh):
     return jax.device_put(made[1], shardings(config.VLM_SHARDING, made[1], mesh))
 
 
-@pytest.mark.parametrize("axes", [{}, {"data": 2, "fsdp": 2, "tensor": 2}])
+@pytest.mark.parametrize(
+    "axes", [{}, pytest.param({"data": 2, "fsdp": 2, "tensor": 2}, marks=pytest.mark.slow)]
+)
 def test_answers_are_those_of_one_question_at_a_time(made, axes):
     """Whatever the mesh; each with the true answers before it; some made right, one record damaged."""
     asked = oracle(made, Talks())
@@ -137,6 +139,7 @@ def test_answers_are_those_of_one_question_at_a_time(made, axes):
     assert result.row() == {"eval/test/exact_match": sum(hits) / len(hits)}
 
 
+@pytest.mark.slow
 def test_blind_sees_the_mean_colour(made):
     """The same answers as of records of one colour, to the same questions; and others than with sight."""
     colour = np.rint(255 * np.array(IMAGES.mean)).astype(np.uint8)
