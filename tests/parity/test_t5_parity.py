@@ -129,7 +129,7 @@ def test_what_is_written(name, options, load):
     pad = tiny_t5.PAD if options["num_beams"] == 1 else tiny_t5.END  # decode/beams.py
     found = decode.generate(model, params, **inputs, **given, eos_token_id=tiny_t5.END, pad_token_id=pad)
     np.testing.assert_array_equal(np.asarray(found)[:, : expected.shape[1]], expected)
-    assert len({tuple(row) for row in expected.tolist()}) == 3 and len(np.unique(expected)) > 4
+    assert len({tuple(row) for row in expected.tolist()}) == 3 and len(np.unique(expected)) > 3
 
 
 @pytest.mark.slow

@@ -42,10 +42,16 @@ def model(name: str, seed: int = 1) -> Any:
 
 
 def redraw(model: Any, seed: int = 0) -> Any:
-    """With words that weigh as much as what is added to them: a T5 that says one word for ever tells little."""
+    """With words that weigh as much as what is added to them: a T5 that says one word for ever tells little.
+
+    Queries are as small as T5 draws them: scores are not scaled, and a softmax of large ones loses digits.
+    """
     tiny_blip.redraw(model, seed)
     with torch.no_grad():
         model.shared.weight.mul_(4.0)
+        for name, parameter in model.named_parameters():
+            if name.endswith(".q.weight"):
+                parameter.mul_(model.config.d_kv**-0.5)
     return untie(model)
 
 

@@ -81,7 +81,9 @@ class T5Config:
                 )
 
 
-def _dense(config: T5Config, features: int, std: float, name: str, dtype: Any = None) -> nn.Dense:
+def _dense(
+    config: T5Config, features: int, std: float, name: str | None = None, dtype: Any = None
+) -> nn.Dense:
     kind = DTYPES[config.dtype] if dtype is None else dtype
     return nn.Dense(features, use_bias=False, dtype=kind, kernel_init=nn.initializers.normal(std), name=name)
 
@@ -112,23 +114,18 @@ class T5Attention(nn.Module):
     config: T5Config
 
     def setup(self):
-        """Build the projections, whose initial spread makes up for the scale that is not there."""
+        """Build the projections; the initial spread of queries makes up for the scale that scores have not."""
         cfg = self.config
         inner = cfg.heads * cfg.head_dim
-        spreads = {"q_proj": (cfg.width * cfg.head_dim) ** -0.5, "k_proj": cfg.width**-0.5}
-        init = {name: nn.initializers.normal(std) for name, std in spreads.items()}
-        dtype = DTYPES[cfg.dtype]
-        self.q_proj = nn.Dense(inner, use_bias=False, dtype=dtype, kernel_init=init["q_proj"])
-        self.k_proj = nn.Dense(inner, use_bias=False, dtype=dtype, kernel_init=init["k_proj"])
-        self.v_proj = nn.Dense(inner, use_bias=False, dtype=dtype, kernel_init=init["k_proj"])
-        out = nn.initializers.normal(inner**-0.5)
-        self.o_proj = nn.Dense(cfg.width, use_bias=False, dtype=dtype, kernel_init=out)
+        self.q_proj = _dense(cfg, inner, (cfg.width * cfg.head_dim) ** -0.5)
+        self.k_proj = _dense(cfg, inner, cfg.width**-0.5)
+        self.v_proj = _dense(cfg, inner, cfg.width**-0.5)
+        self.o_proj = _dense(cfg, cfg.width, inner**-0.5)
 
     def keys_values(self, context: Float[Array, "batch keys width"]) -> KeysValues:
         """What a query meets of a context."""
-        return heads_of(self.k_proj(context), self.config.heads), heads_of(
-            self.v_proj(context), self.config.heads
-        )
+        heads = self.config.heads
+        return heads_of(self.k_proj(context), heads), heads_of(self.v_proj(context), heads)
 
     def __call__(
         self,
