@@ -4,7 +4,10 @@ from vlmjax.config import BLIP_SHARDING, Config, augmentation, choose, evaluatio
 
 
 def get_config(arg: str = "") -> Config:
-    """Sizes and rates are our own, chosen for two CPU cores; `:tiny` is a smoke test."""
+    """Sizes and rates are our own, chosen for two CPU cores; `:tiny` is a smoke test.
+
+    `:web`, `:captioner` and `:filter` are CapFilt on pictures whose noise is known: benchmarks/capfilt_noise.py.
+    """
     c = recipe()
     c.stage = "blip"
     c.batch_size = 64
@@ -23,6 +26,7 @@ def get_config(arg: str = "") -> Config:
     c.loss.soft_targets = 0.4
     c.loss.soft_targets_ramp = 200
     c.loss.positives = "captions"  # short captions fit several pictures of a batch
+    c.loss.itm_hardness = 0.0  # with hard negatives from the start matching is not learned here: docs/blip.md
 
     # Half of the captions name colour and shape alone, which makes the three losses look at shapes.
     c.data.train = "scenes:train:single:class,scenes:train:single"
@@ -41,4 +45,48 @@ def get_config(arg: str = "") -> Config:
     c.evals.retrieval = evaluation("retrieval", "scenes:heldout:single", examples=256)
     c.evals.matching = evaluation("matching", classes, examples=512)
     c.evals.caption = evaluation("caption", "scenes:heldout:single:all", examples=256, max_new_tokens=22)
-    return choose(c, arg)
+    return choose(c, arg, web=web, captioner=captioner, filter=match_filter)
+
+
+def web(c: Config) -> Config:
+    """Pretraining on pictures with noisy captions that name colour and shape; data.train and evals name shards."""
+    c.total.steps = 300
+    c.model.image.update({"image_size": 48})
+    c.model.text.update({"depth": 2, "max_length": 10})
+    c.loss.momentum = c.loss.soft_targets = 0.0  # in so few steps an average comes too late
+    c.loss.queue = c.loss.soft_targets_ramp = 0
+    c.loss.itm = 2.0
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.warmup.steps = 30
+    options = {"retrieval": {}, "zeroshot": {}, "matching": {}, "caption": {"max_new_tokens": 8}}
+    c.evals = Config({name: evaluation(name, **more) for name, more in options.items()})
+    return c
+
+
+def captioner(c: Config) -> Config:
+    """Writes captions, after a little right data: as blip_capfilt_captioner.py."""
+    c = _copy(web(c))
+    c.loss.itc = c.loss.itm = 0.0
+    c.loss.prompt_tokens = 4  # [DEC] a picture of
+    c.data.templates = ("a picture of {caption}",)
+    c.evals = Config({"caption": evaluation("caption", prompt="a picture of ", max_new_tokens=6)})
+    return c
+
+
+def match_filter(c: Config) -> Config:
+    """Says which captions match, after the same: as blip_capfilt_filter.py. Its negatives are hard ones."""
+    c = _copy(web(c))
+    c.loss.lm = 0.0
+    c.loss.itm_hardness = 1.0
+    del c.evals.caption
+    return c
+
+
+def _copy(c: Config) -> Config:
+    """What begins with the model of pretraining."""
+    c.init_from = "runs/blip_web/hf"
+    c.data.tokenizer = ""
+    c.total.steps = 120
+    c.optimizer.learning_rate = 1e-3
+    c.optimizer.warmup.steps = 10
+    return c

@@ -27,6 +27,9 @@ BENCHMARKS_OF = {  # by stage
     "blip_nlvr": ("statements",),
 }
 
+EVAL_LEAST = {
+    "examples": 0, "batch_size": 0, "max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top": 0
+}  # fmt: skip
 _MOST_PROCESSES = 256  # each takes seconds to start and its own memory
 
 
@@ -130,7 +133,7 @@ def _check_loss(loss: Any) -> None:
             )
     _one_of(loss.itm_negatives, "config.loss.itm_negatives", ("local", "global"))
     _in_range(loss.lm_smoothing, 0, 1, "config.loss.lm_smoothing")
-    for name in ("itc", "itm", "lm", "prompt_tokens", "soft_targets_ramp"):
+    for name in ("itc", "itm", "itm_hardness", "lm", "prompt_tokens", "soft_targets_ramp"):
         _at_least(loss[name], 0, f"config.loss.{name}")
     if loss.kind == "sigmoid":
         for name in ("label_smoothing", "hard_negatives", "momentum"):
@@ -290,8 +293,13 @@ def _check_evals(c: Any) -> None:
             raise RecipeError(
                 f"config.evals.{name}.answers={entry.answers!r} is for stage 'blip_vqa'; leave it out"
             )
-        for key, least in (("examples", 0), ("batch_size", 0), ("max_new_tokens", 1), ("top", 0)):
+        for key, least in EVAL_LEAST.items():
             _at_least(entry[key], least, f"config.evals.{name}.{key}")
+        if entry.min_new_tokens > entry.max_new_tokens:
+            raise RecipeError(
+                f"config.evals.{name}.min_new_tokens={entry.min_new_tokens} is above max_new_tokens="
+                f"{entry.max_new_tokens}"
+            )
     best = c.checkpoint.best_metric
     known = [
         f"eval/{name}/{metric}"

@@ -21,10 +21,11 @@ from tests.capfilt.models import blip
 from vlmjax.capfilt import __main__ as command
 from vlmjax.capfilt import report, steps
 from vlmjax.capfilt.models import Captioner, Scorer, filled
-from vlmjax.capfilt.shards import Outcome, Shards, notes
+from vlmjax.capfilt.shards import Notes, Outcome, Shards
 from vlmjax.data.formats import tar_writer
 from vlmjax.data.record import Record
 from vlmjax.data.sources import open_source
+from vlmjax.data.storage import making
 from vlmjax.errors import BadRecord, DataError
 
 
@@ -146,8 +147,44 @@ def test_the_filter_keeps_what_matches():
     assert [line["kept"] for line in found[0].note["captions"]] == [True, False, True]
     strict = list(steps.filter_captions(Told(), RECORDS, 0.0, 0.3))
     assert strict[0].record.captions == ("v 0.4 0.9", "s 0.5 0.3")
-    counts = report.summary([one.note for one in found])
+    counts = report.told([one.note for one in found]).counts
     assert counts == {"synthetic": {"captions": 2, "kept": 1}, "web": {"captions": 3, "kept": 1}}
+
+
+def test_a_report_reads_notes_one_shard_at_a_time(tmp_path, monkeypatch):
+    """Counts, bins and examples of 300 notes in 30 shards, against all of them at once."""
+    draw = random.Random(3)
+    whole = [
+        {
+            "key": str(i),
+            "captions": [
+                {"text": f"{i} {j}", "origin": draw.choice(("web", "synthetic")), "kept": draw.random() < 0.7,
+                 "match": draw.choice((0.0, 0.5, 1.0, draw.random())), "cosine": draw.uniform(-1, 1)}
+                for j in range(draw.randrange(4))
+            ],
+        }
+        for i in range(300)
+    ]  # fmt: skip
+    source = Memory([Record(str(i), b"", (), {}) for i in range(300)])
+    shards = Shards(source, str(tmp_path), 10, {"step": "filter"})
+    shards.run(lambda records: (Outcome(None, whole[int(record.key)], "x") for record in records))
+    read, plainly = [], making.read
+    monkeypatch.setattr(making, "read", lambda path: read.append(path) or plainly(path))
+    notes = Notes(str(tmp_path))
+    first = iter(notes)
+    assert next(first)["key"] == "0" and len([path for path in read if path.endswith(".notes.jsonl")]) == 1
+    lines = [line for note in whole for line in note["captions"]]
+    found = report.told(notes)
+    for origin, own in found.counts.items():
+        mine = [line for line in lines if line["origin"] == origin]
+        assert own == {"captions": len(mine), "kept": sum(line["kept"] for line in mine)}
+    for name, edges in (("match", np.linspace(0, 1, 21)), ("cosine", np.linspace(-1, 1, 21))):
+        for kept in (False, True):
+            wanted = np.histogram([line[name] for line in lines if line["kept"] is kept], edges)[0]
+            np.testing.assert_array_equal(found.scores[name][int(kept)], wanted)
+    for kept, chosen in report._some(notes, found.sizes).items():
+        mine = [line for line in lines if line["kept"] is kept]
+        assert [line for _, line in chosen] == mine[:: len(mine) // 24][:24]
 
 
 def test_ranking_keeps_the_most_alike():
@@ -201,13 +238,13 @@ def test_shards_are_made_once_by_whom_they_belong_to(tmp_path):
     assert parts.run(passed_on, 0, 2) == {"written": 9}
     assert parts.run(passed_on, 1, 2) == {"written": 11}
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert [note["key"] for note in notes(str(tmp_path / "whole"))] == [f"k{i}" for i in range(11)]
+    assert [note["key"] for note in Notes(str(tmp_path / "whole"))] == [f"k{i}" for i in range(11)]
     first = Shards(source, str(tmp_path / "first"), 3, {"step": "x"}, limit=4)
     assert first.run(passed_on) == {"written": 4}
     with pytest.raises(DataError, match="holds another run: step was 'x' and is 'y'"):
         Shards(source, str(tmp_path / "whole"), 3, {"step": "y"}).run(passed_on)
     with pytest.raises(DataError, match="holds no run of capfilt"):
-        notes(str(tmp_path))
+        Notes(str(tmp_path))
 
 
 def test_from_web_captions_to_a_recipes_data(folder, tmp_path, capsys):
@@ -320,7 +357,7 @@ def test_one_bad_record_leaves_the_others(captioner, tmp_path):
     assert len(open_source(f"{tmp_path / 'out'}/*.tar")) == 2
     (tmp_path / "out" / "data-00000.notes.jsonl").write_text("{")
     with pytest.raises(DataError, match="notes.jsonl is damaged"):
-        notes(str(tmp_path / "out"))
+        list(Notes(str(tmp_path / "out")))
 
 
 def test_a_second_round_knows_where_captions_are_from():
@@ -345,7 +382,7 @@ def test_pictures_are_found_by_place_not_by_key(tmp_path):
     made = [
         one.note | {"index": at} for at, one in enumerate(steps.filter_captions(Told(), shades, 0.5, -1.0))
     ]
-    page = report.page(made, Memory(shades), "t")
+    page = report.page(report.told(made), made, Memory(shades), "t")
     kept, dropped = page.split("<h2>Kept</h2>")[1].split("<h2>Dropped</h2>")
     for part, shade in ((kept, 0), (dropped, 255)):
         data = re.search(r"data:image/jpeg;base64,([^\"]+)", part)[1]

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmjax.config_checks import METRICS
+from vlmjax.data.captions import check_clean
 from vlmjax.errors import BadRecord, DataError
 
 BENCHMARKS = tuple(METRICS)
@@ -27,8 +28,11 @@ class Benchmark:
             classes file, else `plain`.
         batch_size: global; 0 = 256, for vqa 64.
         canonical: lower-case texts and delete their punctuation, as SigLIP's text towers expect.
+        clean: of data.clean, by which the model was trained: texts are read, and captions compared, cleaned so.
         blind: vqa: every image in the mean colour: what the questions alone give away.
         max_new_tokens: vqa and caption: of what is written.
+        min_new_tokens: caption: its end does not come before.
+        num_beams: caption: 1 is greedy.
         prompt: caption: what a caption begins with, which is not part of it.
         clean: texts without signs, as BLIP reads them: its `data.clean`.
         answers: vqa of BLIP: a file of answers, one on each line, the likeliest of which is taken; empty: it writes.
@@ -45,15 +49,19 @@ class Benchmark:
     templates: str | Sequence[str] = ""
     batch_size: int = 0
     canonical: bool = False
+    clean: str = ""
     blind: bool = False
     max_new_tokens: int = 16
+    min_new_tokens: int = 0
+    num_beams: int = 1
     prompt: str = ""
     clean: bool = False
     answers: str = ""
     top: int = 128
 
     def __post_init__(self) -> None:
-        """Raise DataError for a benchmark that does not exist."""
+        """Raise DataError for a benchmark, or a way to clean texts, that does not exist."""
+        check_clean(self.clean)
         if self.benchmark not in BENCHMARKS:
             raise DataError(f"benchmark={self.benchmark!r}: expected one of {', '.join(BENCHMARKS)}")
 

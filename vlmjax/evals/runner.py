@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmjax.data.captions import cleaned
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals import gallery, zeroshot
@@ -123,6 +124,7 @@ class Evaluator:
         return {"captions": captions}
 
     def _texts(self, params: Any, texts: Sequence[str]) -> np.ndarray:
+        texts = [cleaned(text, self.benchmark.clean) for text in texts]
         if self.benchmark.canonical:
             texts = [zeroshot.canonicalize_plain(text) for text in texts]
         return self.embedder.texts(params, texts, self.batch_size)
