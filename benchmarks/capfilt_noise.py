@@ -6,9 +6,9 @@ on what was kept. `--rounds=2` does it all again with that model in the place of
 
 The world: one plain shape of six, medium or large, in one of twelve colours on any background, 48 pixels; texts name
 colour and shape alone ("a picture of a red star"). 4,000 pictures of the "web", of which 40 % were given each other's
-captions; 1,000 others with right captions, the "COCO". Models are judged on 512 pictures of 18 combinations of shape and
-colour that neither has; what they write, on 512 new pictures of the others. A caption is true if what it names is what
-was drawn, whoever wrote it.
+captions; 1,000 others with right captions, the "COCO". Models are judged on 512 pictures of 18 combinations of shape
+and colour that neither has; what they write, on 512 new pictures of the others. A caption is true if what it names is
+what was drawn, whoever wrote it.
 """
 
 import argparse

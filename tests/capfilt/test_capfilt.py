@@ -12,12 +12,14 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from tests.capfilt.models import blip
+from vlmjax import decode
 from vlmjax.capfilt import __main__ as command
 from vlmjax.capfilt import report, steps
 from vlmjax.capfilt.models import Captioner, Scorer, filled
@@ -26,7 +28,9 @@ from vlmjax.data.formats import tar_writer
 from vlmjax.data.record import Record
 from vlmjax.data.sources import open_source
 from vlmjax.data.storage import making
+from vlmjax.decode import loop
 from vlmjax.errors import BadRecord, DataError
+from vlmjax.evals.writing import Writer, until
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +84,32 @@ def test_captions_depend_on_the_key_and_the_seed_alone(captioner, folder):
     assert again(keys, pixels) != found
     beams = Captioner(str(folder), max_new_tokens=6, min_new_tokens=1, batch_size=4, num_beams=3)
     assert beams(keys, pixels) == beams(keys, pixels) and all(len(own) == 1 for own in beams(keys, pixels))
+
+
+def test_several_captions_are_drawn_from_one_look(captioner, monkeypatch):
+    """Those that `generate` draws one after another; images are read into one cache for all of them."""
+    reads, plainly = [], loop.prefill
+    monkeypatch.setattr(loop, "prefill", lambda *given: reads.append(1) or plainly(*given))
+    writer = Writer(captioner.model, captioner.transform, captioner.mesh)
+    monkeypatch.setattr(captioner, "_writer", writer)
+    keys, pixels = ["a", "b"], np.stack([captioner.pixels(picture(i)) for i in range(2)])
+    found = captioner(keys, pixels)
+    assert len(reads) == 1  # as the program is made
+    monkeypatch.undo()
+    prompt = np.tile(captioner._prompt, (2, 1))
+    drawn = [
+        decode.generate(
+            captioner.model, captioner.params, pixel_values=captioner.transform.normalize(pixels), input_ids=prompt,
+            do_sample=True, top_p=0.9, max_new_tokens=6, min_new_tokens=1, eos_token_id=captioner._end,
+            pad_token_id=captioner.model.config.text.pad_token_id,
+            seed=[zlib.crc32(f"0|{number}|{key}".encode()) for key in keys],
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for row, own in enumerate(found):
+        ids = [until(np.asarray(tokens)[row], (captioner._end,)) for tokens in drawn]
+        texts = [" ".join(captioner.tokenizer.decode(one).split()) for one in ids]
+        assert own == list(dict.fromkeys(text for text in texts if text))
 
 
 def test_a_record_gets_captions_and_keeps_what_it_knew(captioner, tmp_path):
