@@ -218,6 +218,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(args.runs or temporary).absolute()
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder / "compiled")  # both models are one program
         data = folder / "data"
         world(data, args.web, args.human)
         results["first"] = train("web", folder / "first", data, f"{data}/web.tar,{data}/human.tar")
