@@ -111,7 +111,6 @@ def _evaluation_schema() -> Config:
             "min_new_tokens": 0,  # caption
             "num_beams": 1,  # caption: 1 is greedy; BLIP's papers have 3
             "prompt": "",  # caption: what every caption begins with
-            "clean": False,  # texts without signs, as data.clean="blip" has them in training
             "answers": "",  # vqa, of BLIP: file of answers, of which the likeliest is taken; empty: it writes
             "top": 128,  # vqa, of BLIP: look only at so many of them, those that begin likeliest; 0 = all
         }

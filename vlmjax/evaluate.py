@@ -67,9 +67,6 @@ flags.DEFINE_integer(
     0,
     flag_values=FLAGS,
 )
-flags.DEFINE_bool(
-    "clean", False, "Texts without signs, as BLIP reads them (its data.clean).", flag_values=FLAGS
-)
 flags.DEFINE_integer("examples", 0, "Use the first this many records; 0 = all.", 0, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 256, "Images and texts at a time, over all devices.", 1, flag_values=FLAGS)
 flags.DEFINE_enum(
@@ -195,7 +192,6 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "min_new_tokens",
         "num_beams",
         "prompt",
-        "clean",
         "answers",
         "top",
     )

@@ -34,7 +34,6 @@ class Benchmark:
         min_new_tokens: caption: its end does not come before.
         num_beams: caption: 1 is greedy.
         prompt: caption: what a caption begins with, which is not part of it.
-        clean: texts without signs, as BLIP reads them: its `data.clean`.
         answers: vqa of BLIP: a file of answers, one on each line, the likeliest of which is taken; empty: it writes.
         top: vqa of BLIP: only so many of them, those that begin likeliest; 0 = all.
     """
@@ -55,7 +54,6 @@ class Benchmark:
     min_new_tokens: int = 0
     num_beams: int = 1
     prompt: str = ""
-    clean: bool = False
     answers: str = ""
     top: int = 128
 

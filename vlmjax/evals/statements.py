@@ -55,7 +55,7 @@ class StatementEvaluator:
 
     def _describe(self, record: Any) -> dict[str, Any]:
         two_images(record)
-        text = statement_of(record, "blip" if self.benchmark.clean else "")
+        text = statement_of(record, self.benchmark.clean)
         return {"text": text, "truth": truth_of(record.extra, record.key)}
 
     def run(self, params: Any, *, details: bool = True) -> EvalResult:
