@@ -26,7 +26,6 @@ def get_config(arg: str = "") -> Config:
     c.loss.soft_targets = 0.4
     c.loss.soft_targets_ramp = 200
     c.loss.positives = "captions"  # short captions fit several pictures of a batch
-    c.loss.itm_hardness = 0.0  # with hard negatives from the start matching is not learned here: docs/blip.md
 
     # Half of the captions name colour and shape alone, which makes the three losses look at shapes.
     c.data.train = "scenes:train:single:class,scenes:train:single"
@@ -55,7 +54,7 @@ def web(c: Config) -> Config:
     c.model.text.update({"depth": 2, "max_length": 16})
     c.loss.momentum = c.loss.soft_targets = 0.0  # in so few steps an average comes too late
     c.loss.queue = c.loss.soft_targets_ramp = 0
-    c.loss.itm = 2.0
+    c.loss.itm, c.loss.itm_hardness = 2.0, 0.0  # among hard negatives matching is not learned: docs/blip.md
     c.optimizer.learning_rate = 4e-3
     c.optimizer.warmup.steps = 30
     options = {"retrieval": {}, "zeroshot": {}, "matching": {}, "caption": {"max_new_tokens": 13}}
@@ -65,8 +64,9 @@ def web(c: Config) -> Config:
 
 def captioner(c: Config) -> Config:
     """Writes captions, after a little right data: as blip_capfilt_captioner.py."""
-    c = _copy(web(c))
+    c = _copy(web(c), steps=160, rate=2e-3)
     c.loss.itc = c.loss.itm = 0.0
+    c.loss.lm_smoothing = 0.0  # of 600 words, what it spreads would be drawn
     c.loss.prompt_tokens = 4  # [DEC] a picture of
     c.data.templates = ("a picture of {caption}",)
     c.evals = Config({"caption": evaluation("caption", prompt="a picture of ", max_new_tokens=10)})
@@ -75,17 +75,17 @@ def captioner(c: Config) -> Config:
 
 def match_filter(c: Config) -> Config:
     """Says which captions match, after the same: as blip_capfilt_filter.py."""
-    c = _copy(web(c))
+    c = _copy(web(c), steps=120, rate=1e-3)
     c.loss.lm = 0.0
     del c.evals.caption
     return c
 
 
-def _copy(c: Config) -> Config:
+def _copy(c: Config, steps: int, rate: float) -> Config:
     """What begins with the model of pretraining."""
     c.init_from = "runs/blip_web/hf"
     c.data.tokenizer = ""
-    c.total.steps = 120
-    c.optimizer.learning_rate = 1e-3
+    c.total.steps = steps
+    c.optimizer.learning_rate = rate
     c.optimizer.warmup.steps = 10
     return c
