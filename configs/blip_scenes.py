@@ -4,7 +4,10 @@ from vlmjax.config import BLIP_SHARDING, Config, augmentation, choose, evaluatio
 
 
 def get_config(arg: str = "") -> Config:
-    """Sizes and rates are our own, chosen for two CPU cores; `:tiny` is a smoke test."""
+    """Sizes and rates are our own, chosen for two CPU cores; `:tiny` is a smoke test.
+
+    `:web`, `:captioner` and `:filter` are CapFilt on pictures whose noise is known: benchmarks/capfilt_noise.py.
+    """
     c = recipe()
     c.stage = "blip"
     c.batch_size = 64
@@ -41,4 +44,48 @@ def get_config(arg: str = "") -> Config:
     c.evals.retrieval = evaluation("retrieval", "scenes:heldout:single", examples=256)
     c.evals.matching = evaluation("matching", classes, examples=512)
     c.evals.caption = evaluation("caption", "scenes:heldout:single:all", examples=256, max_new_tokens=22)
-    return choose(c, arg)
+    return choose(c, arg, web=web, captioner=captioner, filter=match_filter)
+
+
+def web(c: Config) -> Config:
+    """Pretraining on small pictures with noisy captions; the command line names shards for data.train and evals."""
+    c.total.steps = 300
+    c.model.image.update({"depth": 3, "image_size": 32})
+    c.model.text.update({"depth": 2, "max_length": 16})
+    c.loss.momentum = c.loss.soft_targets = 0.0  # in so few steps an average comes too late
+    c.loss.queue = c.loss.soft_targets_ramp = 0
+    c.loss.itm, c.loss.itm_hardness = 2.0, 0.0  # among hard negatives matching is not learned: docs/blip.md
+    c.optimizer.learning_rate = 4e-3
+    c.optimizer.warmup.steps = 30
+    options = {"retrieval": {}, "zeroshot": {}, "matching": {}, "caption": {"max_new_tokens": 13}}
+    c.evals = Config({name: evaluation(name, **more) for name, more in options.items()})
+    return c
+
+
+def captioner(c: Config) -> Config:
+    """Writes captions, after a little right data: as blip_capfilt_captioner.py."""
+    c = _copy(web(c), steps=160, rate=2e-3)
+    c.loss.itc = c.loss.itm = 0.0
+    c.loss.lm_smoothing = 0.0  # of 600 words, what it spreads would be drawn
+    c.loss.prompt_tokens = 4  # [DEC] a picture of
+    c.data.templates = ("a picture of {caption}",)
+    c.evals = Config({"caption": evaluation("caption", prompt="a picture of ", max_new_tokens=10)})
+    return c
+
+
+def match_filter(c: Config) -> Config:
+    """Says which captions match, after the same: as blip_capfilt_filter.py."""
+    c = _copy(web(c), steps=120, rate=1e-3)
+    c.loss.lm = 0.0
+    del c.evals.caption
+    return c
+
+
+def _copy(c: Config, steps: int, rate: float) -> Config:
+    """What begins with the model of pretraining."""
+    c.init_from = "runs/blip_web/hf"
+    c.data.tokenizer = ""
+    c.total.steps = steps
+    c.optimizer.learning_rate = rate
+    c.optimizer.warmup.steps = 10
+    return c

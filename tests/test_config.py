@@ -477,6 +477,13 @@ def test_benchmarks_belong_to_stages():
         with pytest.raises(RecipeError, match=message):
             config.validate(c)
     c = config.tiny(config.recipe())
-    c.evals.zeroshot.blind = True
+    for key, value, told in (
+        ("num_beams", 0, "config.evals.zeroshot.num_beams=0"),
+        ("min_new_tokens", 17, "config.evals.zeroshot.min_new_tokens=17 is above max_new_tokens=16"),
+    ):
+        c.evals.zeroshot = config.evaluation("zeroshot", "scenes", **{key: value})
+        with pytest.raises(RecipeError, match=told):
+            config.validate(c)
+    c.evals.zeroshot = config.evaluation("zeroshot", "scenes", blind=True)
     with pytest.raises(RecipeError, match="config.evals.zeroshot.blind=True is for 'vqa'"):
         config.validate(c)

@@ -111,6 +111,8 @@ def _evaluation_schema() -> Config:
             "batch_size": 0,  # global; 0 = the training batch, at most 256
             "blind": False,  # vqa: every image in the mean colour: what the questions alone give away
             "max_new_tokens": 16,  # vqa, caption: of what is written
+            "min_new_tokens": 0,  # caption
+            "num_beams": 1,  # caption: 1 is greedy; BLIP's papers have 3
             "prompt": "",  # caption: what every caption begins with
             "rerank": 0,  # retrieval, of BLIP: nearest candidates that image-text matching puts in order; 0 = none
             "answers": "",  # vqa, of BLIP: file of answers, of which the likeliest is taken; empty: it writes
@@ -256,6 +258,9 @@ def recipe() -> Config:
     c.loss.itc = c.loss.itm = c.loss.lm = 1.0
     c.loss.itm_negatives = (
         "local"  # local (drawn among the rows of the same device, as in the paper) | global
+    )
+    c.loss.itm_hardness = (
+        1.0  # they are drawn in proportion to exp(this x logit); 1 as in the paper, 0 any alike
     )
     c.loss.lm_smoothing = 0.1  # label smoothing of the language loss
     c.loss.prompt_tokens = 0  # tokens at the beginning of every text that it does not learn

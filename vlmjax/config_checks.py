@@ -31,6 +31,10 @@ BENCHMARKS_OF = {  # by stage
     "blip_nlvr": ("statements",),
 }
 
+EVAL_LEAST = {
+    "examples": 0, "batch_size": 0, "max_new_tokens": 1, "min_new_tokens": 0, "num_beams": 1, "top": 0, "rerank": 0,
+    "train_examples": 0, "l2": 0,
+}  # fmt: skip
 _MOST_PROCESSES = 256  # each takes seconds to start and its own memory
 
 
@@ -135,7 +139,7 @@ def _check_loss(loss: Any) -> None:
             )
     _one_of(loss.itm_negatives, "config.loss.itm_negatives", ("local", "global"))
     _in_range(loss.lm_smoothing, 0, 1, "config.loss.lm_smoothing")
-    for name in ("itc", "itm", "lm", "prompt_tokens", "soft_targets_ramp"):
+    for name in ("itc", "itm", "itm_hardness", "lm", "prompt_tokens", "soft_targets_ramp"):
         _at_least(loss[name], 0, f"config.loss.{name}")
     if loss.kind == "sigmoid":
         for name in ("label_smoothing", "hard_negatives", "momentum"):
@@ -331,16 +335,13 @@ def _check_evals(c: Any) -> None:
                 "needs the records to fit" if entry.benchmark == "probe" else "is for 'probe'; leave it out"
             )
             raise RecipeError(f"config.evals.{name}.train={entry.train!r} {what}")
-        for key, least in (
-            ("examples", 0),
-            ("batch_size", 0),
-            ("max_new_tokens", 1),
-            ("top", 0),
-            ("rerank", 0),
-            ("train_examples", 0),
-            ("l2", 0),
-        ):
+        for key, least in EVAL_LEAST.items():
             _at_least(entry[key], least, f"config.evals.{name}.{key}")
+        if entry.min_new_tokens > entry.max_new_tokens:
+            raise RecipeError(
+                f"config.evals.{name}.min_new_tokens={entry.min_new_tokens} is above max_new_tokens="
+                f"{entry.max_new_tokens}"
+            )
     best = c.checkpoint.best_metric
     known = [
         f"eval/{name}/{metric}"

@@ -46,6 +46,8 @@ flags.DEFINE_bool(
     flag_values=FLAGS,
 )
 flags.DEFINE_integer("max_new_tokens", 16, "vqa, caption: of what is written.", 1, flag_values=FLAGS)
+flags.DEFINE_integer("min_new_tokens", 0, "caption: of what is written, at least.", 0, flag_values=FLAGS)
+flags.DEFINE_integer("num_beams", 1, "caption: beams; 1 is greedy (BLIP: 3).", 1, flag_values=FLAGS)
 _string(
     "template",
     "auto",
@@ -83,6 +85,13 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("examples", 0, "Use the first this many records; 0 = all.", 0, flag_values=FLAGS)
 flags.DEFINE_integer("batch_size", 256, "Images and texts at a time, over all devices.", 1, flag_values=FLAGS)
+flags.DEFINE_enum(
+    "clean",
+    "auto",
+    ("auto", "blip", "none"),
+    "How texts are cleaned before the model reads them. auto: as in its training, where its folder says so.",
+    flag_values=FLAGS,
+)
 flags.DEFINE_bool(
     "canonical", False, "Lower-case texts without punctuation, as SigLIP expects.", flag_values=FLAGS
 )
@@ -137,6 +146,15 @@ def read_form(path: str) -> Any:
 
     is_run, path = _kind(path)
     return run_form(path) if is_run else hub.load_form(path)
+
+
+def read_clean(path: str) -> str:
+    """How captions were cleaned for the model of a run or a folder (`data.clean`); "" where nothing says it."""
+    from vlmjax import hub
+    from vlmjax.export import run_clean
+
+    is_run, path = _kind(path)
+    return run_clean(path) if is_run else hub.load_clean(path)
 
 
 def _kind(path: str) -> tuple[bool, str]:
@@ -205,6 +223,8 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "canonical",
         "blind",
         "max_new_tokens",
+        "min_new_tokens",
+        "num_beams",
         "prompt",
         "rerank",
         "answers",
@@ -213,7 +233,10 @@ def evaluate(options: flags.FlagValues) -> dict[str, Any]:
         "train_examples",
         "l2",
     )
-    benchmark = Benchmark(name=options.benchmark, **{name: options[name].value for name in fields})
+    named = {"blip": "blip", "none": ""}
+    clean = named[options.clean] if options.clean in named else read_clean(options.model)
+    given = {name: options[name].value for name in fields}
+    benchmark = Benchmark(name=options.benchmark, clean=clean, **given)
     mesh = make_mesh()
     model, params, *processor = load_model(options.model, mesh, options.benchmark)
     evaluator = _evaluator(options, benchmark, model, *processor, mesh)

@@ -76,13 +76,21 @@ def run_form(workdir: str) -> Any:
     return Form.of_recipe(recipe) if recipe.stage == "generative" else None
 
 
+def run_clean(workdir: str) -> str:
+    """How a run read captions: data.clean of its recipe."""
+    from vlmjax.training import build
+    from vlmjax.training.workdir import Workdir
+
+    return build.read_run(Workdir(workdir, writer=False))[0].data.clean
+
+
 def export(workdir: str, out: str, *, step: int | None = None) -> None:
     """Write the model of a run as a folder that transformers loads unchanged."""
     from vlmjax import hub
 
     model, params, tokenizer, transform = load_workdir(workdir, step=step)
     processor = {"tokenizer": tokenizer, "image_processor": transform, "form": run_form(workdir)}
-    hub.save(model, params, out, **processor)
+    hub.save(model, params, out, **processor, clean=run_clean(workdir))
 
 
 def export_adapter(workdir: str, out: str, *, step: int | None = None) -> None:

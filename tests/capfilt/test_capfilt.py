@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+import zlib
 
 import jax
 import numpy as np
@@ -19,14 +20,18 @@ import pytest
 from PIL import Image
 
 from tests.capfilt.models import blip
+from vlmjax import decode
 from vlmjax.capfilt import __main__ as command
 from vlmjax.capfilt import report, steps
 from vlmjax.capfilt.models import Captioner, Scorer, filled
-from vlmjax.capfilt.shards import Outcome, Shards, notes
+from vlmjax.capfilt.shards import Notes, Outcome, Shards
 from vlmjax.data.formats import tar_writer
 from vlmjax.data.record import Record
 from vlmjax.data.sources import open_source
+from vlmjax.data.storage import making
+from vlmjax.decode import loop
 from vlmjax.errors import BadRecord, DataError
+from vlmjax.evals.writing import Writer, until
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +86,32 @@ def test_captions_depend_on_the_key_and_the_seed_alone(captioner, folder):
     assert again(keys, pixels) != found
     beams = Captioner(str(folder), max_new_tokens=6, min_new_tokens=1, batch_size=4, num_beams=3)
     assert beams(keys, pixels) == beams(keys, pixels) and all(len(own) == 1 for own in beams(keys, pixels))
+
+
+def test_several_captions_are_drawn_from_one_look(captioner, monkeypatch):
+    """Those that `generate` draws one after another; images are read into one cache for all of them."""
+    reads, plainly = [], loop.prefill
+    monkeypatch.setattr(loop, "prefill", lambda *given: reads.append(1) or plainly(*given))
+    writer = Writer(captioner.model, captioner.transform, captioner.mesh)
+    monkeypatch.setattr(captioner, "_writer", writer)
+    keys, pixels = ["a", "b"], np.stack([captioner.pixels(picture(i)) for i in range(2)])
+    found = captioner(keys, pixels)
+    assert len(reads) == 1  # as the program is made
+    monkeypatch.undo()
+    prompt = np.tile(captioner._prompt, (2, 1))
+    drawn = [
+        decode.generate(
+            captioner.model, captioner.params, pixel_values=captioner.transform.normalize(pixels), input_ids=prompt,
+            do_sample=True, top_p=0.9, max_new_tokens=6, min_new_tokens=1, eos_token_id=captioner._end,
+            pad_token_id=captioner.model.config.text.pad_token_id,
+            seed=[zlib.crc32(f"0|{number}|{key}".encode()) for key in keys],
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for row, own in enumerate(found):
+        ids = [until(np.asarray(tokens)[row], (captioner._end,)) for tokens in drawn]
+        texts = [" ".join(captioner.tokenizer.decode(one).split()) for one in ids]
+        assert own == list(dict.fromkeys(text for text in texts if text))
 
 
 def test_a_record_gets_captions_and_keeps_what_it_knew(captioner, tmp_path):
@@ -148,8 +179,44 @@ def test_the_filter_keeps_what_matches():
     assert [line["kept"] for line in found[0].note["captions"]] == [True, False, True]
     strict = list(steps.filter_captions(Told(), RECORDS, 0.0, 0.3))
     assert strict[0].record.captions == ("v 0.4 0.9", "s 0.5 0.3")
-    counts = report.summary([one.note for one in found])
+    counts = report.told([one.note for one in found]).counts
     assert counts == {"synthetic": {"captions": 2, "kept": 1}, "web": {"captions": 3, "kept": 1}}
+
+
+def test_a_report_reads_notes_one_shard_at_a_time(tmp_path, monkeypatch):
+    """Counts, bins and examples of 300 notes in 30 shards, against all of them at once."""
+    draw = random.Random(3)
+    whole = [
+        {
+            "key": str(i),
+            "captions": [
+                {"text": f"{i} {j}", "origin": draw.choice(("web", "synthetic")), "kept": draw.random() < 0.7,
+                 "match": draw.choice((0.0, 0.5, 1.0, draw.random())), "cosine": draw.uniform(-1, 1)}
+                for j in range(draw.randrange(4))
+            ],
+        }
+        for i in range(300)
+    ]  # fmt: skip
+    source = Memory([Record(str(i), b"", (), {}) for i in range(300)])
+    shards = Shards(source, str(tmp_path), 10, {"step": "filter"})
+    shards.run(lambda records: (Outcome(None, whole[int(record.key)], "x") for record in records))
+    read, plainly = [], making.read
+    monkeypatch.setattr(making, "read", lambda path: read.append(path) or plainly(path))
+    notes = Notes(str(tmp_path))
+    first = iter(notes)
+    assert next(first)["key"] == "0" and len([path for path in read if path.endswith(".notes.jsonl")]) == 1
+    lines = [line for note in whole for line in note["captions"]]
+    found = report.told(notes)
+    for origin, own in found.counts.items():
+        mine = [line for line in lines if line["origin"] == origin]
+        assert own == {"captions": len(mine), "kept": sum(line["kept"] for line in mine)}
+    for name, edges in (("match", np.linspace(0, 1, 21)), ("cosine", np.linspace(-1, 1, 21))):
+        for kept in (False, True):
+            wanted = np.histogram([line[name] for line in lines if line["kept"] is kept], edges)[0]
+            np.testing.assert_array_equal(found.scores[name][int(kept)], wanted)
+    for kept, chosen in report._some(notes, found.sizes).items():
+        mine = [line for line in lines if line["kept"] is kept]
+        assert [line for _, line in chosen] == mine[:: len(mine) // 24][:24]
 
 
 def test_ranking_keeps_the_most_alike():
@@ -204,13 +271,13 @@ def test_shards_are_made_once_by_whom_they_belong_to(tmp_path):
     assert parts.run(passed_on, 0, 2) == {"written": 9}
     assert parts.run(passed_on, 1, 2) == {"written": 11}
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
-    assert [note["key"] for note in notes(str(tmp_path / "whole"))] == [f"k{i}" for i in range(11)]
+    assert [note["key"] for note in Notes(str(tmp_path / "whole"))] == [f"k{i}" for i in range(11)]
     first = Shards(source, str(tmp_path / "first"), 3, {"step": "x"}, limit=4)
     assert first.run(passed_on) == {"written": 4}
     with pytest.raises(DataError, match="holds another run: step was 'x' and is 'y'"):
         Shards(source, str(tmp_path / "whole"), 3, {"step": "y"}).run(passed_on)
     with pytest.raises(DataError, match="holds no run of capfilt"):
-        notes(str(tmp_path))
+        Notes(str(tmp_path))
 
 
 def test_from_web_captions_to_a_recipes_data(folder, tmp_path, capsys):
@@ -323,7 +390,7 @@ def test_one_bad_record_leaves_the_others(captioner, tmp_path):
     assert len(open_source(f"{tmp_path / 'out'}/*.tar")) == 2
     (tmp_path / "out" / "data-00000.notes.jsonl").write_text("{")
     with pytest.raises(DataError, match="notes.jsonl is damaged"):
-        notes(str(tmp_path / "out"))
+        list(Notes(str(tmp_path / "out")))
 
 
 def test_a_second_round_knows_where_captions_are_from():
@@ -348,7 +415,7 @@ def test_pictures_are_found_by_place_not_by_key(tmp_path):
     made = [
         one.note | {"index": at} for at, one in enumerate(steps.filter_captions(Told(), shades, 0.5, -1.0))
     ]
-    page = report.page(made, Memory(shades), "t")
+    page = report.page(report.told(made), made, Memory(shades), "t")
     kept, dropped = page.split("<h2>Kept</h2>")[1].split("<h2>Dropped</h2>")
     for part, shade in ((kept, 0), (dropped, 255)):
         data = re.search(r"data:image/jpeg;base64,([^\"]+)", part)[1]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vlmjax.capfilt.shards import Outcome, Shards, notes
+from vlmjax.capfilt.shards import Notes, Outcome, Shards
 from vlmjax.command_line import Parser, ended
 from vlmjax.data.sources import Source, open_source, open_sources, together
 from vlmjax.errors import UserError
@@ -136,17 +136,18 @@ def _report(options: argparse.Namespace) -> dict[str, int]:
 def _write_page(out: str, source: Source, path: str) -> None:
     from vlmjax.capfilt import report
 
-    found = notes(out)
-    if not any("captions" in note for note in found):
+    notes = Notes(out)
+    found = report.told(notes)
+    if not found.counts:
         raise UserError(f"--out={out}: holds no run of filter or rank, which alone have scores to show")
-    for origin, own in report.summary(found).items():
+    for origin, own in found.counts.items():
         print(
             f"{origin:>10}  {own['kept']:,} of {own['captions']:,} captions kept ({own['kept'] / own['captions']:.1%})"
         )
     path = path or ("" if "://" in out else os.path.join(out, "report.html"))
     if path:
         try:
-            Path(path).write_text(report.page(found, source, f"CapFilt: {out}"), encoding="utf-8")
+            Path(path).write_text(report.page(found, notes, source, f"CapFilt: {out}"), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--html={path}: cannot be written ({error.strerror})") from None
         print(f"report      {path}")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from vlmjax.data.captions import cleaned
 from vlmjax.data.formats.fields import parse_json
 from vlmjax.data.images import decode
 from vlmjax.errors import BadRecord, DataError
@@ -27,9 +28,10 @@ class Opened:
 
     def __init__(self, folder: str, needs: Sequence[str], what: str, batch_size: int):
         """Read it. Raises UserError for a folder that is none, or DataError for a model without the methods `needs`."""
-        from vlmjax.evaluate import read_model
+        from vlmjax.evaluate import read_clean, read_model
 
         self.model, params, self.tokenizer, self.transform = read_model(folder)
+        self.clean = read_clean(folder)
         lacking = [name for name in needs if not hasattr(self.model, name)]
         if lacking:
             raise DataError(
@@ -74,7 +76,7 @@ class Captioner(Opened):
         config = self.model.config
         self._end, self._prompt = config.sep_token_id, caption_prompt(prompt, self.tokenizer, config)
         self._writer = Writer(self.model, self.transform, self.mesh)
-        self._number, self._seed = number, seed
+        self._number, self._seed, self._beams = number, seed, num_beams > 1
         drawn = {"do_sample": True, "top_p": top_p} if num_beams == 1 else {"num_beams": num_beams}
         self._options = {
             **drawn, "max_new_tokens": max_new_tokens, "min_new_tokens": min_new_tokens, "ends": (self._end,),
@@ -84,20 +86,21 @@ class Captioner(Opened):
     def __call__(self, keys: Sequence[str], pixels: Pixels) -> list[list[str]]:
         """Captions of each image, distinct ones; what is drawn depends on its key and the seed alone."""
         out: list[list[str]] = [[] for _ in keys]
-        for number in range(self._number):
-            seeds = np.array([zlib.crc32(f"{self._seed}|{number}|{key}".encode()) for key in keys], np.uint32)
-            for start in range(0, len(keys), self.batch_size):
-                rows = slice(start, start + self.batch_size)
-                tokens = self._writer(
-                    self.params,
-                    [self._prompt] * self.batch_size,
-                    len(self._prompt),
-                    filled(pixels[rows], self.batch_size),
-                    self.batch_size,
-                    seeds=filled(seeds[rows], self.batch_size),
-                    **self._options,
-                )
-                for own, ids in zip(out[rows], tokens[: len(out[rows])], strict=True):
+        named = [[f"{self._seed}|{number}|{key}" for number in range(self._number)] for key in keys]
+        seeds = np.array([[zlib.crc32(name.encode()) for name in own] for own in named], np.uint32)
+        for start in range(0, len(keys), self.batch_size):
+            rows = slice(start, start + self.batch_size)
+            tokens = self._writer(
+                self.params,
+                [self._prompt] * self.batch_size,
+                len(self._prompt),
+                filled(pixels[rows], self.batch_size),
+                self.batch_size,
+                seeds=None if self._beams else filled(seeds[rows], self.batch_size),
+                **self._options,
+            )
+            for drawn in [tokens] if self._beams else tokens:
+                for own, ids in zip(out[rows], drawn[: len(out[rows])], strict=True):
                     text = " ".join(self.tokenizer.decode(until(ids, (self._end,))).split())
                     own += [text] if text and text not in own else []
         return out
@@ -131,7 +134,7 @@ class Scorer(Opened):
         found: list[list[tuple[float, float]]] = [[] for _ in texts]
         for start in range(0, len(pairs), self.batch_size):
             part = pairs[start : start + self.batch_size]
-            tokens = self.tokenizer([text for _, text in part])
+            tokens = self.tokenizer([cleaned(text, self.clean) for _, text in part])
             local = {
                 "pixels": filled(pixels[[image for image, _ in part]], self.batch_size),
                 "ids": filled(tokens["input_ids"], self.batch_size),

@@ -4,10 +4,11 @@ import base64
 import html
 import io
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
+from jaxtyping import Int
 from PIL import Image
 
 from vlmjax.capfilt.steps import ORIGIN
@@ -17,36 +18,62 @@ from vlmjax.errors import BadRecord
 
 SHOWN = 24  # captions of each kind in the gallery
 BINS = 20
+RANGES = {"match": (0.0, 1.0), "cosine": (-1.0, 1.0)}  # of scores
 
 
-def summary(notes: Sequence[dict[str, Any]]) -> dict[str, dict[str, int]]:
-    """Captions in all and kept ones, by where they are from: {"web": {"captions": 9, "kept": 6}, ...}."""
+class Told(NamedTuple):
+    """What all notes say together.
+
+    Attributes:
+        counts: captions in all and kept ones, by where they are from: {"web": {"captions": 9, "kept": 6}, ...}.
+        scores: by the name of a score, how many captions in each of BINS bins: dropped ones, kept ones.
+    """
+
+    counts: dict[str, dict[str, int]]
+    scores: dict[str, Int[np.ndarray, "2 bins"]]
+
+    @property
+    def sizes(self) -> dict[bool, int]:
+        """How many captions were kept (True), and how many were not."""
+        kept = sum(own["kept"] for own in self.counts.values())
+        return {True: kept, False: sum(own["captions"] for own in self.counts.values()) - kept}
+
+
+def told(notes: Iterable[dict[str, Any]]) -> Told:
+    """Count what notes say, one after another."""
     counts: dict[str, Counter[str]] = {}
-    for note in notes:
-        for line in note.get("captions", ()):
-            own = counts.setdefault(line[ORIGIN], Counter())
-            own.update({"captions": 1, "kept": int(line["kept"])})
-    return {origin: dict(own) for origin, own in sorted(counts.items())}
+    scores = {name: np.zeros((2, BINS), np.int64) for name in RANGES}
+    for _, line in _lines(notes):
+        counts.setdefault(line[ORIGIN], Counter()).update({"captions": 1, "kept": int(line["kept"])})
+        for name, (low, high) in RANGES.items():
+            place = int((line[name] - low) / (high - low) * BINS)
+            scores[name][int(line["kept"]), min(max(place, 0), BINS - 1)] += 1
+    return Told({origin: dict(own) for origin, own in sorted(counts.items())}, scores)
 
 
-def histogram(notes: Sequence[dict[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Of the scores called `name`: edges float [bins + 1], how many kept and how many dropped ones in each bin."""
-    lines = [line for note in notes for line in note.get("captions", ())]
-    scores, kept = np.array([line[name] for line in lines]), np.array([line["kept"] for line in lines], bool)
-    edges = np.linspace(0, 1, BINS + 1) if name == "match" else np.linspace(-1, 1, BINS + 1)
-    return edges, np.histogram(scores[kept], edges)[0], np.histogram(scores[~kept], edges)[0]
+def _lines(notes: Iterable[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(note, what it says of one caption)."""
+    return ((note, line) for note in notes for line in note.get("captions", ()))
 
 
-def page(notes: Sequence[dict[str, Any]], source: Source, title: str) -> str:
-    """One HTML file without scripts, its pictures inside. `source` is what was filtered, for its images."""
+def page(found: Told, notes: Iterable[dict[str, Any]], source: Source, title: str) -> str:
+    """One HTML file without scripts, its pictures inside.
+
+    Args:
+        found: from `told`.
+        notes: the same ones again, read one after another for some examples.
+        source: what was filtered, for its images.
+        title: of the page.
+    """
     table = "".join(
         f"<tr><td>{origin}</td><td>{own['captions']:,}</td><td>{own['kept']:,}</td>"
         f"<td>{own['kept'] / own['captions']:.1%}</td></tr>"
-        for origin, own in summary(notes).items()
+        for origin, own in found.counts.items()
     )
-    charts = "".join(_chart(notes, name) for name in ("match", "cosine"))
+    charts = "".join(_chart(name, *found.scores[name]) for name in RANGES)
+    chosen = _some(notes, found.sizes)
     galleries = "".join(
-        f"<h2>{words}</h2><main>{_cards(notes, kept, source)}</main>"
+        f"<h2>{words}</h2><main>{''.join(_card(line, note, source) for note, line in chosen[kept])}</main>"
         for kept, words in ((True, "Kept"), (False, "Dropped"))
     )
     return _PAGE.format(
@@ -54,15 +81,18 @@ def page(notes: Sequence[dict[str, Any]], source: Source, title: str) -> str:
     )
 
 
-def _cards(notes: Sequence[dict[str, Any]], kept: bool, source: Source) -> str:
-    return "".join(_card(line, note, source) for line, note in _some(notes, kept))
-
-
-def _some(notes: Sequence[dict[str, Any]], kept: bool) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Captions spread over the whole run."""
-    found = [(line, note) for note in notes for line in note.get("captions", ()) if line["kept"] is kept]
-    step = max(1, len(found) // SHOWN)
-    return found[::step][:SHOWN]
+def _some(
+    notes: Iterable[dict[str, Any]], sizes: dict[bool, int]
+) -> dict[bool, list[tuple[dict[str, Any], dict[str, Any]]]]:
+    """Captions of both kinds, of which there are `sizes`, spread over the whole run."""
+    found: dict[bool, list] = {True: [], False: []}
+    seen: Counter[bool] = Counter()
+    for note, line in _lines(notes):
+        kept = line["kept"]
+        if seen[kept] % max(1, sizes[kept] // SHOWN) == 0 and len(found[kept]) < SHOWN:
+            found[kept].append((note, line))
+        seen[kept] += 1
+    return found
 
 
 def _card(line: dict[str, Any], note: dict[str, Any], source: Source) -> str:
@@ -80,9 +110,9 @@ def _card(line: dict[str, Any], note: dict[str, Any], source: Source) -> str:
     )
 
 
-def _chart(notes: Sequence[dict[str, Any]], name: str) -> str:
+def _chart(name: str, dropped: Int[np.ndarray, " bins"], kept: Int[np.ndarray, " bins"]) -> str:
     """Bars of kept captions above those dropped, as one SVG."""
-    edges, kept, dropped = histogram(notes, name)
+    edges = np.linspace(*RANGES[name], BINS + 1)
     most, width = max(1, int((kept + dropped).max())), 480 / BINS
     bars = []
     for number, (up, down) in enumerate(zip(kept.tolist(), dropped.tolist(), strict=True)):

@@ -2,9 +2,10 @@
 
 import collections
 import dataclasses
+import itertools
 import json
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from vlmjax.data.convert import FORMATS
@@ -148,18 +149,32 @@ class Shards:
         return all(self.done(shard) is not None for shard in range(self.count))
 
 
-def notes(out: str) -> list[dict[str, Any]]:
-    """All notes of a folder, in the order of its records. Raises DataError where it is no folder of CapFilt's."""
-    if making.read(f"{out.rstrip('/')}/{MANIFEST}") is None:
-        raise DataError(f"{out}: holds no run of capfilt ({MANIFEST} is missing)")
-    found, shard = [], 0
-    while (part := making.read(f"{out.rstrip('/')}/data-{shard:05d}.notes.jsonl")) is not None:
-        try:
-            found += [json.loads(line) for line in part.decode().splitlines()]
-        except ValueError as error:
-            raise DataError(
-                f"{out}/data-{shard:05d}.notes.jsonl is damaged ({error}): remove data-{shard:05d}.tar.json, run the "
-                "step again"
-            ) from error
-        shard += 1
-    return found
+@dataclasses.dataclass(frozen=True)
+class Notes:
+    """All notes of a folder, in the order of its records, one shard in memory at a time; they may be read again.
+
+    Attributes:
+        out: the folder. Raises DataError, when read, for notes that are damaged.
+    """
+
+    out: str
+
+    def __post_init__(self) -> None:
+        """Raise DataError where it is no folder of CapFilt's."""
+        if making.read(f"{self.out.rstrip('/')}/{MANIFEST}") is None:
+            raise DataError(f"{self.out}: holds no run of capfilt ({MANIFEST} is missing)")
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """One note after another."""
+        for shard in itertools.count():
+            name = f"data-{shard:05d}"
+            part = making.read(f"{self.out.rstrip('/')}/{name}.notes.jsonl")
+            if part is None:
+                return
+            try:
+                found = [json.loads(line) for line in part.splitlines()]
+            except ValueError as error:
+                raise DataError(
+                    f"{self.out}/{name}.notes.jsonl is damaged ({error}): remove {name}.tar.json, run the step again"
+                ) from error
+            yield from found

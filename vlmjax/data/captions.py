@@ -47,8 +47,7 @@ class CaptionRule:
             _weights(self.choice)
         for template in self.templates:
             _check_template(template)
-        if self.clean not in ("", "blip"):
-            raise DataError(f"clean={self.clean!r} is neither 'blip' nor empty")
+        check_clean(self.clean)
 
     @classmethod
     def parse(cls, choice: str, templates: str | Sequence[Any] = (), clean: str = "") -> "CaptionRule":
@@ -71,7 +70,7 @@ class CaptionRule:
             raise BadRecord("no_caption")
         caption = self._choose(captions, rng)
         if self.clean:
-            caption = blip_caption(caption)
+            caption = cleaned(caption, self.clean)
             if not caption:
                 raise BadRecord("no_caption", detail="nothing of it is left without its signs")
         if not self.templates:
@@ -92,6 +91,13 @@ class CaptionRule:
         return captions[int(np.searchsorted(ends, rng.random() * ends[-1], side="right"))]
 
 
+def check_clean(clean: str) -> str:
+    """`clean`, which `cleaned` knows. Raises DataError."""
+    if clean not in ("", "blip"):
+        raise DataError(f"clean={clean!r} is neither 'blip' nor empty")
+    return clean
+
+
 def blip_caption(text: str, words: int = 30) -> str:
     """A caption in lower case, its signs made blanks, cut after so many words (salesforce/BLIP, data/utils.py)."""
     return " ".join(_SIGNS.sub(" ", text.lower()).split()[:words])
@@ -100,6 +106,11 @@ def blip_caption(text: str, words: int = 30) -> str:
 def blip_question(text: str, words: int = 50) -> str:
     """A question likewise, its signs left out; a question mark is none of them (salesforce/BLIP, data/utils.py)."""
     return " ".join(_SIGNS.sub("", text.lower()).split()[:words])
+
+
+def cleaned(text: str, clean: str) -> str:
+    """A text as `data.clean` of a recipe has it: "blip" for `blip_caption`, "" for itself."""
+    return blip_caption(text) if clean else text
 
 
 @functools.lru_cache

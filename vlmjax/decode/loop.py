@@ -9,7 +9,7 @@ from flax import struct
 from jaxtyping import Array, Bool, Float, Int, Key
 
 from vlmjax.decode import choosing
-from vlmjax.decode.language import Language, Params, advance, prefill
+from vlmjax.decode.language import Language, Params, Prefilled, advance, prefill
 from vlmjax.decode.options import Options
 from vlmjax.models.cache import Cache
 
@@ -45,7 +45,14 @@ def start(
     key: Key[Array, "*rows"],
 ) -> State:
     """Read the prompts and choose the first token; there is room for `new` of them."""
-    cache, logits, positions = prefill(language, params, inputs, new)
+    return begin(options, new, inputs, prefill(language, params, inputs, new), key)
+
+
+def begin(
+    options: Options, new: int, inputs: Mapping[str, Any], read: Prefilled, key: Key[Array, "*rows"]
+) -> State:
+    """Choose the first token after prompts that were read."""
+    cache, logits, positions = read
     rows, vocab = logits.shape
     state = State(
         cache=cache,
@@ -93,8 +100,33 @@ def run(
 ) -> Int[Array, "rows new"]:
     """All tokens: at most `limit` per row, fewer once every row has ended."""
     state = start(language, options, new, params, inputs, key)
+    return _finish(language, options, params, state, limit).out
+
+
+def run_each(
+    language: Language,
+    options: Options,
+    new: int,
+    params: Params,
+    inputs: Mapping[str, Any],
+    limit: Int[Array, ""],
+    keys: Key[Array, "draws rows"],
+) -> Int[Array, "draws rows new"]:
+    """Several answers to each prompt, whose images are seen once: what `run` gives with each row of keys."""
+    read = prefill(language, params, inputs, new)
+
+    def one(key: Key[Array, " rows"]) -> Int[Array, "rows new"]:
+        return _finish(language, options, params, begin(options, new, inputs, read, key), limit).out
+
+    return jax.lax.map(one, keys)
+
+
+def _finish(
+    language: Language, options: Options, params: Params, state: State, limit: Int[Array, ""]
+) -> State:
+    """Go on until each row has ended or has `limit` tokens."""
 
     def going(state: State) -> Bool[Array, ""]:
         return (state.step < limit) & ~state.done.all()
 
-    return jax.lax.while_loop(going, lambda state: step(language, options, params, state), state).out
+    return jax.lax.while_loop(going, lambda state: step(language, options, params, state), state)

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlmjax.config_checks import METRICS
+from vlmjax.data.captions import check_clean
 from vlmjax.errors import BadRecord, DataError
 
 BENCHMARKS = tuple(METRICS)
@@ -31,6 +32,8 @@ class Benchmark:
         clean: of data.clean, by which the model was trained: texts are read, and captions compared, cleaned so.
         blind: vqa: every image in the mean colour: what the questions alone give away.
         max_new_tokens: vqa and caption: of what is written.
+        min_new_tokens: caption: its end does not come before.
+        num_beams: caption: 1 is greedy.
         prompt: caption: what a caption begins with, which is not part of it.
         rerank: retrieval: so many nearest candidates of each query are put in order by image-text matching, which
             BLIP can; 0 = none.
@@ -51,11 +54,13 @@ class Benchmark:
     templates: str | Sequence[str] = ""
     batch_size: int = 0
     canonical: bool = False
+    clean: str = ""
     blind: bool = False
     max_new_tokens: int = 16
+    min_new_tokens: int = 0
+    num_beams: int = 1
     prompt: str = ""
     rerank: int = 0
-    clean: str = ""
     answers: str = ""
     top: int = 128
     train: str = ""
@@ -63,7 +68,8 @@ class Benchmark:
     l2: float = 0.0
 
     def __post_init__(self) -> None:
-        """Raise DataError for a benchmark that does not exist."""
+        """Raise DataError for a benchmark, or a way to clean texts, that does not exist."""
+        check_clean(self.clean)
         if self.benchmark not in BENCHMARKS:
             raise DataError(f"benchmark={self.benchmark!r}: expected one of {', '.join(BENCHMARKS)}")
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from vlmjax.data.captions import cleaned
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals import caption
@@ -23,7 +24,7 @@ _SCORES = {"Bleu_4": "bleu4", "ROUGE_L": "rouge_l", "CIDEr": "cider"}
 
 
 class CaptionEvaluator:
-    """Greedy captions: how many are one of the references word by word, and COCO's scores (evals/caption.py)."""
+    """Captions, greedy or by beams: how many are a reference word by word, and COCO's scores (evals/caption.py)."""
 
     def __init__(
         self,
@@ -72,6 +73,8 @@ class CaptionEvaluator:
                 batch.pixels,
                 self.batch_size,
                 max_new_tokens=self.benchmark.max_new_tokens,
+                min_new_tokens=self.benchmark.min_new_tokens,
+                num_beams=self.benchmark.num_beams,
                 ends=(self._end,),
                 pad=self._pad,
             )
@@ -96,13 +99,17 @@ class CaptionEvaluator:
         return result
 
     def _score(self, used: dict[int, dict[str, Any]]) -> tuple[dict[str, float], dict[str, float]]:
-        exact = np.mean([note["written"] in note["captions"] for note in used.values()])
+        exact = np.mean([self._right(note) for note in used.values()])
         references = {place: note["captions"] for place, note in used.items()}
         scores = caption.score(references, {place: note["written"] for place, note in used.items()})
         metrics = {"exact": float(exact)} | {ours: scores[name] for name, ours in _SCORES.items()}
         usual = Counter(note["captions"][0] for note in used.values()).most_common(1)[0][0]
         chance = np.mean([usual in note["captions"] for note in used.values()])
         return metrics, {"exact": float(chance)} | dict.fromkeys(_SCORES.values(), 0.0)
+
+    def _right(self, note: dict[str, Any]) -> bool:
+        """Whether what was written is a reference, as training would have shown that."""
+        return note["written"] in [cleaned(text, self.benchmark.clean) for text in note["captions"]]
 
     def _samples(self, used: list[dict[str, Any]]) -> list[dict[str, Any]]:
         """Some images with what was written: the same ones every time."""
@@ -113,7 +120,7 @@ class CaptionEvaluator:
                 "question": "",
                 "expected": note["captions"][0],
                 "answer": note["written"],
-                "right": note["written"] in note["captions"],
+                "right": self._right(note),
             }
             for note in chosen
         ]

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from vlmjax.data.captions import cleaned
 from vlmjax.data.sources import captions_of, open_source
 from vlmjax.errors import BadRecord, DataError
 from vlmjax.evals.benchmark import Benchmark, EvalResult, key_at, select
@@ -79,7 +80,7 @@ class MatchingEvaluator:
                 self.skipped.append(error)
                 continue
             indices.append(index)
-            captions.append(found[0])
+            captions.append(cleaned(found[0], self.benchmark.clean))
         return indices, captions
 
     def run(self, params: Any, *, details: bool = True) -> EvalResult:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from vlmjax.data.canonical import canonicalize_class, canonicalize_plain, canonicalize_template
-from vlmjax.data.captions import blip_caption
+from vlmjax.data.captions import cleaned
 from vlmjax.data.labels import ClassFinder, ClassName, label_of, read_classes
 from vlmjax.data.sources import open_source
 from vlmjax.errors import BadRecord, DataError
@@ -105,10 +105,9 @@ class Evaluator:
         return {"captions": captions}
 
     def _texts(self, params: Any, texts: Sequence[str]) -> np.ndarray:
+        texts = [cleaned(text, self.benchmark.clean) for text in texts]
         if self.benchmark.canonical:
             texts = [canonicalize_plain(text) for text in texts]
-        if self.benchmark.clean:
-            texts = [blip_caption(text) for text in texts]
         return self.embedder.texts(params, texts, self.pictures.batch_size)
 
     def _zeroshot(self, params: Any, embedded: Embedded) -> tuple:
@@ -147,7 +146,7 @@ class Evaluator:
         k, indices = self.benchmark.rerank, [note["index"] for note in embedded.notes]
         numbers = pairs_to_match(embedded.features, features, k)
         size = {"batch_size": self.pictures.batch_size, "threads": self.pictures.threads}
-        read = [blip_caption(text) for text in texts] if self.benchmark.clean else texts
+        read = [cleaned(text, self.benchmark.clean) for text in texts]
         matches = self.matcher(params, self.pictures.source, indices, read, numbers, **size)
         return {
             "text_to_image": lambda rows, cosines: matches.rescored(rows, cosines, k, True),

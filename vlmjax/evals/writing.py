@@ -38,10 +38,13 @@ class Writer:
                 "pixel_values": pixels
             }
             given = model.asked(**given) if self._asks else given
-            run = beams.run if options.num_beams > 1 else loop.run
-            key = jax.random.key(0) if options.num_beams > 1 else row_keys(inputs["seeds"])
-            limits = jnp.full((), limit, jnp.int32), key
-            return run(language, options, new, params, given, *limits)
+            given = language, options, new, params, given
+            most = jnp.full((), limit, jnp.int32)
+            if options.num_beams > 1:
+                return beams.run(*given, most, jax.random.key(0))
+            if inputs["seeds"].ndim == 1:
+                return loop.run(*given, most, row_keys(inputs["seeds"]))
+            return loop.run_each(*given, most, jax.vmap(row_keys)(inputs["seeds"].T))
 
         self._write = jax.jit(write, static_argnums=(0, 1, 2), out_shardings=replicated(mesh))
 
@@ -61,10 +64,10 @@ class Writer:
         max_new_tokens: int,
         ends: tuple[int, ...],
         pad: int,
-        seeds: UInt32[np.ndarray, " own"] | None = None,
+        seeds: UInt32[np.ndarray, " own *draws"] | None = None,
         **options: Any,
-    ) -> Int[np.ndarray, "prompts new"]:
-        """Continue a batch of prompts.
+    ) -> Int[np.ndarray, "*draws prompts new"]:
+        """Continue a batch of prompts: once, or with several seeds of a row as often.
 
         Args:
           params: on the mesh.
@@ -92,7 +95,7 @@ class Writer:
         chosen = Options(eos_token_ids=ends, pad_token_id=pad, **options)
         inputs = to_global(local, self.mesh, batch_size)
         out = self._write(chosen, bucket(max_new_tokens), max_new_tokens, params, inputs)
-        return np.asarray(out)[: len(prompts), :max_new_tokens]
+        return np.asarray(out)[..., : len(prompts), :max_new_tokens]
 
 
 def until(ids: np.ndarray, ends: Sequence[int]) -> np.ndarray:

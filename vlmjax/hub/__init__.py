@@ -1,8 +1,8 @@
 """The Hugging Face format: `load` a folder or hub id (`load_model`: without weights), `save`, `load_processor`,
 `save_adapter`.
 
-`load_form`: how the model of a folder was spoken to. `load_lavis`: a .pth file of BLIP's own; `load_lavis_blip2`: of
-BLIP-2's first stage, `load_eva`: of the tower that it begins with.
+`load_form`: how the model of a folder was spoken to. `load_clean`: how it read captions. `load_lavis`: a .pth file of
+BLIP's own; `load_lavis_blip2`: of BLIP-2's first stage, `load_eva`: of the tower that it begins with.
 
 Importing this room loads neither jax nor transformers; the first call does.
 """
@@ -12,6 +12,7 @@ from typing import Any
 
 __all__ = [
     "load",
+    "load_clean",
     "load_eva",
     "load_form",
     "load_lavis",
@@ -41,10 +42,10 @@ def __getattr__(name: str) -> Callable[..., Any]:
         from vlmjax.hub import adapter
 
         return adapter.save_adapter
-    if name == "load_processor":
+    if name in ("load_processor", "load_clean"):
         from vlmjax.hub import processor
 
-        return processor.load_processor
+        return getattr(processor, name)
     if name == "load_form":
         from vlmjax.hub import chat
 

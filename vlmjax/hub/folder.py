@@ -173,6 +173,7 @@ def save(
     image_processor: Any = None,
     *,
     form: Form | None = None,
+    clean: str = "",
     dtype: str = "float32",
     max_shard_bytes: int = safetensors.MAX_SHARD_BYTES,
 ) -> None:
@@ -189,6 +190,7 @@ def save(
         image_processor: `vlmjax.data.images.EvalTransform`, a transformers image processor, the dict of its
             configuration, or a folder with one.
         form: how a model that writes was spoken to in training; with it the folder gets a chat template.
+        clean: data.clean of its training, which `load_clean` gives again.
         dtype: of the tensors in the file.
         max_shard_bytes: above this the weights are split, with an index.
 
@@ -221,7 +223,7 @@ def save(
         safetensors.write_file({name: tensors[name] for name in aside}, path / EXTRA)
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"
     (path / "config.json").write_text(text, encoding="utf-8")
-    processor.write(family, model, tokenizer, settings, path, form)
+    processor.write(family, model, tokenizer, settings, path, form, clean)
 
 
 def family_of(model: nn.Module) -> Family:

@@ -9,6 +9,7 @@ from typing import Any
 import flax.linen as nn
 
 from vlmjax.data import text
+from vlmjax.data.captions import check_clean
 from vlmjax.data.form import Form
 from vlmjax.data.images import EvalTransform
 from vlmjax.errors import DataError, HubError
@@ -25,6 +26,7 @@ from vlmjax.models.vlm import Seeing
 IMAGES = "preprocessor_config.json"
 BOTH = "processor_config.json"  # transformers 5 nests the image processor in it, and prefers it
 TOKENIZER = "tokenizer_config.json"
+CLEAN = "vlmjax_clean"  # our own, in that file: data.clean of the model's training
 Words = TextConfig | BertConfig | DecoderConfig | T5Config
 # Processors that resize whole images to a square, whatever their shape was.
 _SQUEEZING = ("BlipProcessor", "Blip2Processor")
@@ -52,6 +54,19 @@ def load_processor(folder: str | os.PathLike[str]) -> tuple[text.Tokenizer | Non
     if tokenizer is None and transform is None:
         raise HubError(f"{path}: holds neither a tokenizer ({', '.join(_VOCABULARIES)}) nor {IMAGES}")
     return tokenizer, transform
+
+
+def load_clean(folder: str | os.PathLike[str]) -> str:
+    """How captions were cleaned (`data.clean`) for the model of a folder; "" for one that was not written here.
+
+    Raises:
+        HubError: the folder is not there, or names a way that there is not.
+    """
+    path = locate(folder)
+    try:
+        return check_clean(_json(path / TOKENIZER).get(CLEAN, ""))
+    except DataError as error:
+        raise HubError(f"{path / TOKENIZER}: {CLEAN}: {error}; remove it or save the model again") from error
 
 
 def _json(file: Path) -> dict[str, Any]:
@@ -154,8 +169,12 @@ def write(
     settings: Mapping[str, Any] | None,
     path: Path,
     form: Form | None = None,
+    clean: str = "",
 ) -> None:
-    """Write the files of tokenizer and image processor into a folder; `form`: how the model is spoken to."""
+    """Write the files of tokenizer and image processor into a folder.
+
+    `form` says how the model is spoken to, `clean` how it reads captions.
+    """
     if settings is not None:
         (path / BOTH).unlink(missing_ok=True)  # of an earlier save by transformers 5, which would win
         _write_json(path / IMAGES, settings)
@@ -180,6 +199,8 @@ def write(
         _write_json(path / BOTH, llava_processor.settings(model.config))
     if form is not None:
         chat.write_form(form, stated, path)
+    if clean:
+        stated[CLEAN] = clean
     if family.processor is not None:
         stated["processor_class"] = family.processor
     stated["model_max_length"] = min(stated.get("model_max_length", length), length)

@@ -52,7 +52,8 @@ class BlipPretraining(Contrastive):
         """One line for the start of a run."""
         loss = self.loss_config
         weights = ", ".join(f"{name.upper()} x {loss[name]:g}" for name in ("itc", "itm", "lm"))
-        return f"{weights}; ITC: {super().describe()}; negatives {loss['itm_negatives']}"
+        negatives = f"{loss['itm_negatives']}, hardness {loss['itm_hardness']:g}"
+        return f"{weights}; ITC: {super().describe()}; negatives {negatives}"
 
     def train_flops(self, batch: Mapping[str, Any], trained: Params) -> int:
         """Model FLOPs of a step: see models/flops.py."""
@@ -133,7 +134,7 @@ class BlipPretraining(Contrastive):
             features["text_embeds"],
             features.get("image_keys", features["image_embeds"]),
             features.get("text_keys", features["text_embeds"]),
-            jax.lax.stop_gradient(self.scale(params)),
+            self.loss_config["itm_hardness"] * jax.lax.stop_gradient(self.scale(params)),
             [batch[name] for name in ("caption_id", "image_id") if name in batch],
             batch["valid"],
             self.blocks,

@@ -42,7 +42,8 @@ class Evaluations:
         for name, entry in recipe.evals.items():
             if entry.data:
                 batch = entry.batch_size or self._batch_size
-                benchmark = benchmark_of(name, {**entry.to_dict(), "batch_size": batch})
+                said = {**entry.to_dict(), "batch_size": batch, "clean": recipe.data.clean}
+                benchmark = benchmark_of(name, said)
                 with build.naming(f"evals.{name}"):
                     self._evaluators.append(self._makers.of(benchmark))
         self.results: list[EvalResult] = []
@@ -145,7 +146,7 @@ def finish(
         transform = build.eval_transform(recipe, model.config.image.image_shape)
         form = Form.of_recipe(recipe) if recipe.stage == "generative" else None
         processor = {"tokenizer": tokenizer, "image_processor": transform, "form": form}
-        hub.save(model, export_params, workdir.path("hf"), **processor)
+        hub.save(model, export_params, workdir.path("hf"), **processor, clean=recipe.data.clean)
         print(f"export      {workdir.path('hf')}")
     workdir.sync()
 
