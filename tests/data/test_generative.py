@@ -448,6 +448,7 @@ def recipe(**changes):
     return config.validate(c)
 
 
+@pytest.mark.slow
 def test_a_recipe_gives_batches_of_conversations():
     one = recipe(packing=True, images_per_row=3)
     sources, shares = recipes.open_train_sources(one)

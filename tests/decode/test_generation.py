@@ -180,6 +180,7 @@ def test_adjusted_scores_are_those_of_transformers():
     np.testing.assert_allclose(found, theirs.numpy(), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_as_likely_as_they_are():
     theirs, _, _ = pair("llama")
     ids = np.repeat(prompts()["input_ids"][:1], 2000, axis=0)

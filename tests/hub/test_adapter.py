@@ -75,6 +75,7 @@ def torch_logits(model):
         return model(input_ids=torch.tensor(IDS, dtype=torch.long), pixel_values=pixels).logits.numpy()
 
 
+@pytest.mark.slow
 def test_put_beside_the_base_model_by_hand(run, adapted):
     """What PEFT does: W + (alpha / r) B A in the module of that name, and whole modules in the place of others."""
     torch = pytest.importorskip("torch")

@@ -221,6 +221,7 @@ def nlvr_oracle(p, image_states, ids, kept):
     return x[0]
 
 
+@pytest.mark.slow
 def test_two_images_equal_the_numpy_form():
     model = BlipNlvr(CONFIG)
     params, pairs = params_of(model), np.stack([PIXELS, images(6, 16, 16)[3:]], axis=1)

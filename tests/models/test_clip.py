@@ -147,6 +147,7 @@ def test_example_inputs_make_every_parameter():
         assert tree(Clip(config), **example_inputs(config)) == (TREES / f"{name}.txt").read_text()
 
 
+@pytest.mark.slow
 def test_initial_spread_is_openai_clips():
     image = VitConfig(width=128, depth=3, heads=4, mlp_dim=512, image_size=64, patch_size=8)
     words = TextConfig(width=96, depth=4, heads=4, mlp_dim=384, vocab_size=300, max_length=64)

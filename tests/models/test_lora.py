@@ -77,6 +77,7 @@ def explicit(params):
     return traverse_util.unflatten_dict(out, sep="/")
 
 
+@pytest.mark.slow
 def test_at_the_start_nothing_is_changed_bit_for_bit():
     """One operation after the other; a compiler may add the same numbers in another order."""
     params = jax.tree.map(jnp.asarray, adapted(filled=False))
@@ -192,6 +193,7 @@ def _group(config):
     return Config(dataclasses.asdict(config))
 
 
+@pytest.mark.slow
 def test_a_step_on_a_mesh_is_that_of_one_device():
     """Plain descent at rate 1: equal adapters after the step are equal gradients. And a and b are cut as told."""
     rows = tiny_vlm.batch_of(tiny_vlm.rows())
