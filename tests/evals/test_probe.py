@@ -143,7 +143,7 @@ def test_the_state_of_towers_of_other_kinds():
         embedder = Embedder(
             one, None, transform, make_mesh(devices=jax.devices()[:1]), image_features=tower_state
         )
-        np.testing.assert_allclose(embedder._images(params, images), states[:, 0], atol=1e-6)
+        np.testing.assert_allclose(embedder._images(params, images), states[:, 0], rtol=1e-6, atol=1e-6)
 
 
 def test_the_mean_over_classes_counts_each_class_that_is_there_once():

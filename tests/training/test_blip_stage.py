@@ -184,8 +184,8 @@ def test_the_losses_are_those_written_down(followed):
 
 
 def test_negatives_are_as_hard_as_the_recipe_says():
-    """A quarter of the paper's hardness: other negatives, drawn with a quarter of the scale."""
-    states, (told,), stage = run(steps=1, loss__itm_hardness=0.25)
+    """Many times the hardness of the paper: other negatives, drawn with so many times the scale."""
+    states, (told,), stage = run(steps=1, loss__itm_hardness=40.0)
     params, values = merge(states[0].params, {}), batch(0)
     states_, images, texts = seen(params, values, stage)
     rng = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), 0), 1)
@@ -193,12 +193,12 @@ def test_negatives_are_as_hard_as_the_recipe_says():
     def drawn(hardness):
         return draw_negatives(
             jax.random.split(rng, 3)[0], images, texts, images, texts, jnp.float32(hardness / float(params["temp"])),
-            jnp.asarray(values["caption_id"]), jnp.asarray(values["valid"]), 1,
+            [jnp.asarray(values["caption_id"])], jnp.asarray(values["valid"]), 1,
         )  # fmt: skip
 
-    soft, hard = drawn(0.25), drawn(1.0)
-    assert (soft.image != hard.image).any() or (soft.text != hard.text).any()
-    loss, accuracy = matching(params, values, states_, soft.image[0], soft.text[0])
+    harder, hard = drawn(40.0), drawn(1.0)
+    assert (harder.image != hard.image).any() or (harder.text != hard.text).any()
+    loss, accuracy = matching(params, values, states_, harder.image[0], harder.text[0])
     np.testing.assert_allclose(told["itm_loss"], loss, rtol=1e-4)
     np.testing.assert_allclose(told["itm_accuracy"], accuracy, rtol=1e-6)
 
