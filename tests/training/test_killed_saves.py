@@ -36,7 +36,7 @@ def killed(folder, moment, after):
     return finished
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(10, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(tmp_path, capsys, kills):
     draw, place = random.Random(kills), replicated(make_mesh())
     abstract = {"params": {"w": jax.ShapeDtypeStruct((1024, 1024), np.float32, sharding=place)}}
