@@ -97,6 +97,20 @@ def scores_of(model, params, inputs):
 
 
 @EVERY
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_logits(name, side, load):
+    model, params = load(name)
+    inputs = batch(name, side)
+    asked = inputs | ({"labels": answers()} if name == "t5" else {})
+    with torch.no_grad():
+        expected = reference_of(name)(**tiny.to_torch(asked)).logits.numpy()
+    found = compiled(lambda p, x: scores_of(model, p, x))(params, ours_of(model, inputs))
+    real = answers() != -100 if name == "t5" else inputs["attention_mask"] == 1
+    close(np.asarray(found)[real], expected[real], TOLERANCE)
+
+
+@EVERY
+@pytest.mark.slow
 def test_loss_and_every_gradient(name, load):
     model, params = load(name)
     assert type(model) is (Seq2SeqVlm if name == "t5" else Vlm)

@@ -61,6 +61,7 @@ def test_logits(name, side, load):
 
 
 @EVERY
+@pytest.mark.slow
 def test_loss_and_every_gradient(name, load):
     model, params = load(name)
     inputs, labels, reference = tiny_t5.texts(), tiny_t5.labels(), reference_of(name)
