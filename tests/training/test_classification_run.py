@@ -163,7 +163,7 @@ def test_the_ends_of_the_line_are_the_weights_themselves():
 def test_averages_that_cannot_be_made(flags, message, tmp_path, capsys):
     (tmp_path / "recipe.json").write_text(json.dumps(tiny.recipe(stage="classification").to_dict()))
     model = Classifier(ClassifierConfig(VitConfig(**SIZES, image_size=16, patch_size=8), ("a", "b")))
-    (tmp_path / "model.json").write_text(json.dumps(build.model_to_json(model.config)))
+    (tmp_path / "model.json").write_text(json.dumps(build.model_to_json(model)))
     with pytest.raises(SystemExit):
         command(f"--workdir={tmp_path}", *flags)
     assert message in capsys.readouterr().err
