@@ -183,6 +183,7 @@ def test_the_losses_are_those_written_down(followed):
     np.testing.assert_allclose(told[1]["loss"], whole, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_negatives_are_as_hard_as_the_recipe_says():
     """Many times the hardness of the paper: other negatives, drawn with so many times the scale."""
     states, (told,), stage = run(steps=1, loss__itm_hardness=40.0)
@@ -203,6 +204,7 @@ def test_negatives_are_as_hard_as_the_recipe_says():
     np.testing.assert_allclose(told["itm_accuracy"], accuracy, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_weights_and_the_prompt():
     """A prompt as long as the text leaves nothing to write."""
     weights = {"loss__itc": 0.5, "loss__itm": 0.0, "loss__lm": 2.0}
@@ -231,6 +233,7 @@ def test_the_temperature_is_held_within_its_bounds():
     assert stage.project({"other": 1}) == {"other": 1}
 
 
+@pytest.mark.slow
 def test_without_momentum_a_batch_is_its_own_key():
     changes = dict.fromkeys(("loss__momentum", "loss__soft_targets"), 0.0) | dict.fromkeys(
         ("loss__queue", "loss__soft_targets_ramp"), 0
@@ -285,6 +288,7 @@ def test_texts_may_be_shorter_than_the_positions_and_never_longer():
     assert stage.batch_shapes()["input_ids"][0] == (5,)
 
 
+@pytest.mark.slow
 def test_images_that_are_equal_are_positives_and_no_negatives():
     """Rows 0 and 3 show one image: each is as right for the other, now and later in the queue."""
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
