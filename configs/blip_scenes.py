@@ -26,6 +26,7 @@ def get_config(arg: str = "") -> Config:
     c.loss.soft_targets = 0.4
     c.loss.soft_targets_ramp = 200
     c.loss.positives = "captions"  # short captions fit several pictures of a batch
+    c.loss.itm, c.loss.itm_hardness = 2.0, 0.0  # among hard negatives matching is not learned: docs/blip.md
 
     # Half of the captions name colour and shape alone, which makes the three losses look at shapes.
     c.data.train = "scenes:train:single:class,scenes:train:single"
@@ -33,7 +34,7 @@ def get_config(arg: str = "") -> Config:
     c.data.augment = augmentation(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))  # places are asked for
 
     c.optimizer.name = "muon"
-    c.optimizer.learning_rate = 2e-3
+    c.optimizer.learning_rate = 4e-3
     c.optimizer.b1 = 0.95
     c.optimizer.weight_decay = 0.05
     c.optimizer.clip_norm = 1.0
@@ -54,8 +55,6 @@ def web(c: Config) -> Config:
     c.model.text.update({"depth": 2, "max_length": 16})
     c.loss.momentum = c.loss.soft_targets = 0.0  # in so few steps an average comes too late
     c.loss.queue = c.loss.soft_targets_ramp = 0
-    c.loss.itm, c.loss.itm_hardness = 2.0, 0.0  # among hard negatives matching is not learned: docs/blip.md
-    c.optimizer.learning_rate = 4e-3
     c.optimizer.warmup.steps = 30
     options = {"retrieval": {}, "zeroshot": {}, "matching": {}, "caption": {"max_new_tokens": 13}}
     c.evals = Config({name: evaluation(name, **more) for name, more in options.items()})
