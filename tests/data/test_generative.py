@@ -399,7 +399,7 @@ def test_restore_refuses_other_rows(words):
         train(talks(), words, PACKED).restore(plain.state)
     with pytest.raises(DataError, match="rows are packed"):
         data.indices(0)
-    with pytest.raises(DataError, match="not pairs"):
+    with pytest.raises(DataError, match="no pairs"):
         data.text(talk(0), 0, 0)
 
 
