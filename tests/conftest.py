@@ -9,9 +9,10 @@ from pathlib import Path
 
 # Read by jax when it is first imported, so they are set before anything here can import it. Most of the time is
 # compilation: the emitters of fusions are slow at it, and LLVM need not optimise what runs a few times.
-for _flag, _value in (("xla_force_host_platform_device_count", 8), ("xla_cpu_use_fusion_emitters", "false")):
-    if _flag not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --{_flag}={_value}".strip()
+_PLAIN = "--xla_cpu_use_fusion_emitters=false"
+for _flag in ("--xla_force_host_platform_device_count=8", _PLAIN):
+    if _flag.partition("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +35,9 @@ from jaxtyping import install_import_hook  # noqa: E402
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# jaxlib reads its flags now and never again; libtpu, which reads them later, dies of one that it does not know.
+jax.devices()
+os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace(_PLAIN, "").strip()
 # Every annotation in vlmjax is checked when its function is called: wrong shapes fail where they enter.
 install_import_hook("vlmjax", "beartype.beartype")
 
