@@ -99,6 +99,7 @@ def table(whole, tmp_path, capsys, ways):
     return counts
 
 
+@pytest.mark.slow
 def test_no_damage_to_any_file_gives_wrong_weights(whole, tmp_path, capsys):
     counts = table(whole, tmp_path, capsys, damage.ways(2))
     assert len(counts) >= 15

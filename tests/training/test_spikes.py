@@ -123,6 +123,7 @@ app.run(main.main, flags_parser=main.parse)
 """
 
 
+@pytest.mark.slow
 def test_a_run_goes_back_and_leaves_the_data_out(tmp_path):
     changes = {
         "total__steps": 40,
